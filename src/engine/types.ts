@@ -1,0 +1,115 @@
+/**
+ * The contract of the engine: models, adapters and forwards, without sockets and without saying where it runs
+ * (in this process, `Engine`, or in a child, `EngineProcess`). Every value can be structured-cloned.
+ */
+import type { UNetConfig } from '../unet/config.ts';
+
+/** Dense row-major tensor bytes, little endian. */
+export interface TensorData {
+  readonly dtype: 'F32' | 'F16';
+  readonly shape: readonly number[];
+  readonly data: Uint8Array;
+}
+
+/** How weights and activations are stored on the GPU; sums are always f32. */
+export type StorageDtype = 'f32' | 'f16';
+
+/** A file to load. `name` is what clients call it, `version` changes when the file does. */
+export interface FileSource {
+  readonly name: string;
+  readonly path: string;
+  readonly version: string;
+}
+
+export interface ModelInfo {
+  readonly model: string;
+  readonly version: string;
+  readonly dtype: StorageDtype;
+  readonly config: UNetConfig;
+  /** GPU bytes of the weights. */
+  readonly sizeBytes: number;
+}
+
+export interface AdapterInfo {
+  readonly digest: string;
+  readonly format: string;
+  /** Largest rank of a layer. */
+  readonly rank: number;
+  readonly layers: number;
+  readonly matched: number;
+  readonly unmatched: readonly string[];
+  readonly sizeBytes: number;
+}
+
+export interface LoraUse {
+  /** Name of an adapter loaded with `loadAdapter` for the same model. */
+  readonly lora: string;
+  readonly strength: number;
+}
+
+/** One checked forward request of N images; tensors as in the wire protocol's `forward`. */
+export interface StepRequest {
+  readonly loras: readonly LoraUse[];
+  readonly x: TensorData;
+  readonly timesteps: TensorData;
+  readonly context: TensorData;
+  readonly y?: TensorData;
+  /** ControlNet residuals, `null` where a list of the caller holds None. */
+  readonly control?: {
+    readonly input?: readonly (TensorData | null)[];
+    readonly middle?: readonly (TensorData | null)[];
+    readonly output?: readonly (TensorData | null)[];
+  };
+}
+
+/** Requests that run as one forward: same model and same `batchKey`. Their LoRA stacks may differ. */
+export interface Batch {
+  readonly model: string;
+  readonly requests: readonly StepRequest[];
+}
+
+export interface BatchResult {
+  /** `out` [N, C_out, H, W] of each request, in its `x` dtype, in the order of the requests. */
+  readonly outs: readonly TensorData[];
+  /** Time from the first submit until the results were readable. */
+  readonly gpuMs: number;
+}
+
+export interface DeviceInfo {
+  readonly name: string;
+  readonly backend: string;
+  readonly features: readonly string[];
+}
+
+export interface EngineStats {
+  readonly device: DeviceInfo;
+  readonly memory: {
+    readonly budgetBytes: number;
+    readonly weightBytes: number;
+    readonly adapterBytes: number;
+    readonly arenaBytes: number;
+    readonly peakBytes: number;
+  };
+  readonly models: readonly (Omit<ModelInfo, 'config'> & {
+    readonly adapters: readonly { readonly lora: string; readonly sizeBytes: number }[];
+  })[];
+  readonly forwards: number;
+  readonly images: number;
+  readonly gpuMs: number;
+}
+
+export type Progress = (stage: string, done: number, total: number) => void;
+
+export interface EngineApi {
+  readonly device: DeviceInfo;
+  /** Loads a UNet; a loaded one of the same version and dtype returns at once. ERR_MODEL_INVALID, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY, ERR_BAD_DTYPE. */
+  loadModel(source: FileSource, dtype: 'auto' | StorageDtype, progress?: Progress): Promise<ModelInfo>;
+  /** ERR_MODEL_NOT_LOADED. The caller makes sure that no request runs. */
+  unloadModel(model: string): Promise<void>;
+  /** Parses a LoRA file for a loaded model and puts it on the GPU. ERR_LORA_*, ERR_SAFETENSORS, ERR_MODEL_NOT_LOADED, ERR_OUT_OF_MEMORY. */
+  loadAdapter(source: FileSource, model: string): Promise<AdapterInfo>;
+  /** Runs one batch. All adapters must be loaded. ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_DEVICE_LOST. */
+  forward(batch: Batch): Promise<BatchResult>;
+  stats(): Promise<EngineStats>;
+  close(): Promise<void>;
+}
