@@ -38,11 +38,16 @@ export const ERRORS = {
   ERR_NO_ADAPTER: 'No usable GPU adapter was found.',
   ERR_GPU: 'The GPU driver reported an error while compiling, recording or running.',
   ERR_DEVICE_LOST: 'The GPU device was lost; the engine restarts.',
+  ERR_DISCONNECTED: 'The connection failed or ended before the request was answered (raised by clients).',
   ERR_ENGINE_DOWN: 'The engine process ended and could not run the request again.',
   ERR_INTERNAL: 'A defect of this program; please report it with the message.',
 } as const;
 
 export type ErrorCode = keyof typeof ERRORS;
+
+export function isErrorCode(code: string): code is ErrorCode {
+  return Object.hasOwn(ERRORS, code);
+}
 
 /** An error with a public code. `details` holds the same facts as the message, for programs. */
 export class UnetdError extends Error {

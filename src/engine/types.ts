@@ -4,7 +4,7 @@
  */
 import type { UNetConfig } from '../unet/config.ts';
 
-/** Dense row-major tensor bytes, little endian. */
+/** Dense row-major tensor bytes, little endian. `data` may be a view that is not aligned to its elements. */
 export interface TensorData {
   readonly dtype: 'F32' | 'F16';
   readonly shape: readonly number[];
@@ -54,7 +54,11 @@ export interface StepRequest {
   readonly timesteps: TensorData;
   readonly context: TensorData;
   readonly y?: TensorData;
-  /** ControlNet residuals, `null` where a list of the caller holds None. */
+  /**
+   * ControlNet residuals in ComfyUI's order, `null` for None. `checkStep` brings each list that holds any to one entry
+   * per block (1 for middle): entry `length - 1 - b` is added after input block b, after the middle block, or to the skip
+   * that output block b takes.
+   */
   readonly control?: {
     readonly input?: readonly (TensorData | null)[];
     readonly middle?: readonly (TensorData | null)[];
@@ -100,13 +104,32 @@ export interface EngineStats {
 
 export type Progress = (stage: string, done: number, total: number) => void;
 
+/** How to make an engine. */
+export interface EngineOptions {
+  /** Part of the name of the adapter to use; the first usable one otherwise. */
+  readonly adapter?: string;
+  /** GPU bytes for weights, adapters and activations. */
+  readonly memoryBudgetBytes?: number;
+  /** Most images of one forward. */
+  readonly maxBatch?: number;
+  /** Storage of every model, whatever a load asks for. */
+  readonly forceDtype?: StorageDtype;
+}
+
+/** What the owner of an engine in another process can see of it. */
+export interface EngineHealth {
+  /** Whether it answers now; false while it restarts. */
+  readonly alive: boolean;
+  readonly restarts: number;
+}
+
 export interface EngineApi {
   readonly device: DeviceInfo;
   /** Loads a UNet; a loaded one of the same version and dtype returns at once. ERR_MODEL_INVALID, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY, ERR_BAD_DTYPE. */
   loadModel(source: FileSource, dtype: 'auto' | StorageDtype, progress?: Progress): Promise<ModelInfo>;
   /** ERR_MODEL_NOT_LOADED. The caller makes sure that no request runs. */
   unloadModel(model: string): Promise<void>;
-  /** Parses a LoRA file for a loaded model and puts it on the GPU. ERR_LORA_*, ERR_SAFETENSORS, ERR_MODEL_NOT_LOADED, ERR_OUT_OF_MEMORY. */
+  /** Parses a LoRA file for a loaded model and puts it on the GPU; one loaded in the same version returns at once. ERR_LORA_*, ERR_SAFETENSORS, ERR_MODEL_NOT_LOADED, ERR_OUT_OF_MEMORY. */
   loadAdapter(source: FileSource, model: string): Promise<AdapterInfo>;
   /** Runs one batch. All adapters must be loaded. ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_DEVICE_LOST. */
   forward(batch: Batch): Promise<BatchResult>;

@@ -1,0 +1,12 @@
+// A of a linear layer or a 1x1 convolution: x [image, m, k], rows contiguous.
+
+const TAPS = 1u;
+
+struct Row { base: u32 }
+
+fn rowAt(image: u32, m: u32) -> Row { return Row((image * p.m + m) * p.kQuads); }
+
+fn seek(row: Row, tap: u32) -> Row { return row; }
+
+// Values 4c .. 4c+3 of the row.
+fn loadA(row: Row, c: u32) -> vec4f { return dec(x[row.base + c]); }

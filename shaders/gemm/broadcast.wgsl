@@ -1,0 +1,45 @@
+// out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z.
+// W is packed [n / 32][k][32]. For drivers whose subgroups have 8 lanes and where workgroup memory is slow (software).
+// A subgroup computes 8 rows x 32 columns: lane l loads row l of A and owns columns 4l .. 4l+3; the values of A are
+// spread by shuffles from a constant lane. A workgroup stacks its subgroups along m.
+// Preconditions: subgroups of 8 lanes; kQuads even (channels are padded to 8).
+
+fn outer(acc: ptr<function, array<vec4f, 8>>, a: vec4f, b: array<vec4f, 4>) {
+  for (var c = 0u; c < 4u; c++) {
+    for (var m = 0u; m < 8u; m++) { (*acc)[m] += b[c] * subgroupShuffle(a[c], m); }
+  }
+}
+
+@compute @workgroup_size(WORKGROUP)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
+  let lane = index % 8u;
+  let m0 = (group.y * (WORKGROUP / 8u) + index / 8u) * 8u;
+  if (m0 >= p.m) { return; }
+  let image = group.z;
+  let panel = p.panel0 + group.x;
+  let m = min(m0 + lane, p.m - 1u);
+  let row = rowAt(image, m);
+  var acc: array<vec4f, 8>;
+
+  var b = group.x * TAPS * p.kQuads * 32u + lane;
+  for (var tap = 0u; tap < TAPS; tap++) {
+    let source = seek(row, tap);
+    for (var c = 0u; c < p.kQuads; c += 2u) {
+      for (var q = 0u; q < 2u; q++) {
+        outer(&acc, loadA(source, c + q), array(dec(w[b]), dec(w[b + 8u]), dec(w[b + 16u]), dec(w[b + 24u])));
+        b += 32u;
+      }
+    }
+  }
+
+  let blocks = loraBlocks(image);
+  for (var i = blocks.x; i < blocks.x + blocks.y; i++) {
+    for (var q = 0u; q < 2u; q++) {
+      let u = q * 32u + lane;
+      outer(&acc, loraT(i, m, q), array(loraUp(i, panel, u), loraUp(i, panel, u + 8u),
+        loraUp(i, panel, u + 16u), loraUp(i, panel, u + 24u)));
+    }
+  }
+
+  for (var r = 0u; r < 8u; r++) { store(image, m0 + r, panel * 8u + lane, acc[r]); }
+}

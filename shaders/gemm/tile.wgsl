@@ -1,0 +1,71 @@
+// out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z.
+// W is packed [n / 32][k][32]. For any GPU: a workgroup of 8x8 invocations computes 64 rows x 64 columns (two panels)
+// from slices of 8 k in workgroup memory; an invocation keeps 8 rows x 8 columns in registers.
+// Precondition: kQuads even (channels are padded to 8).
+
+// [row][2 quads of k] and [k][16 quads of columns].
+var<workgroup> tileA: array<vec4f, 128>;
+var<workgroup> tileB: array<vec4f, 128>;
+
+fn accumulate(acc: ptr<function, array<array<vec4f, 2>, 8>>, ty: u32, tx: u32) {
+  for (var q = 0u; q < 2u; q++) {
+    var a: array<vec4f, 8>;
+    for (var r = 0u; r < 8u; r++) { a[r] = tileA[(ty * 8u + r) * 2u + q]; }
+    for (var c = 0u; c < 4u; c++) {
+      let b0 = tileB[(q * 4u + c) * 16u + tx];
+      let b1 = tileB[(q * 4u + c) * 16u + tx + 8u];
+      for (var r = 0u; r < 8u; r++) {
+        (*acc)[r][0] += a[r][c] * b0;
+        (*acc)[r][1] += a[r][c] * b1;
+      }
+    }
+  }
+}
+
+@compute @workgroup_size(64)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
+  let image = group.z;
+  let m0 = group.y * 64u;
+  let ty = index / 8u;
+  let tx = index % 8u;
+  // This invocation loads row `index` of A, and of B the quads `index` and `index + 64`: k = index / 16 (+ 4).
+  let mine = min(m0 + index, p.m - 1u);
+  let row = rowAt(image, mine);
+  let localPanel = min(group.x * 2u + (index % 16u) / 8u, p.panels - 1u);
+  let k = TAPS * p.kQuads * 4u;
+  let column = (index / 16u) * 8u + index % 8u;
+  var b = localPanel * k * 8u + column;
+  var acc: array<array<vec4f, 2>, 8>;
+
+  for (var tap = 0u; tap < TAPS; tap++) {
+    let source = seek(row, tap);
+    for (var c = 0u; c < p.kQuads; c += 2u) {
+      tileA[index * 2u] = loadA(source, c);
+      tileA[index * 2u + 1u] = loadA(source, c + 1u);
+      tileB[index] = dec(w[b]);
+      tileB[index + 64u] = dec(w[b + 32u]);
+      b += 64u;
+      workgroupBarrier();
+      accumulate(&acc, ty, tx);
+      workgroupBarrier();
+    }
+  }
+
+  let blocks = loraBlocks(image);
+  for (var i = blocks.x; i < blocks.x + blocks.y; i++) {
+    tileA[index * 2u] = loraT(i, mine, 0u);
+    tileA[index * 2u + 1u] = loraT(i, mine, 1u);
+    tileB[index] = loraUp(i, p.panel0 + localPanel, column);
+    tileB[index + 64u] = loraUp(i, p.panel0 + localPanel, column + 32u);
+    workgroupBarrier();
+    accumulate(&acc, ty, tx);
+    workgroupBarrier();
+  }
+
+  for (var r = 0u; r < 8u; r++) {
+    for (var h = 0u; h < 2u; h++) {
+      let at = group.x * 2u + h;
+      if (at < p.panels) { store(image, m0 + ty * 8u + r, (p.panel0 + at) * 8u + tx, acc[r][h]); }
+    }
+  }
+}

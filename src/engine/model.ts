@@ -1,0 +1,212 @@
+/**
+ * One loaded UNet: its frozen weights, its adapters and its plans, and the forward that joins them. The only state here is
+ * what it owns; which models exist is the engine's business.
+ */
+import { UnetdError } from '../errors.ts';
+import { Arena } from '../gpu/arena.ts';
+import { type Device, Usage } from '../gpu/device.ts';
+import { ceilDiv, type Resident, type Storage } from '../gpu/kernel.ts';
+import { Plan, type Timing } from '../gpu/plan.ts';
+import type { LoraOperands } from '../kernels/gemm.ts';
+import type { Adapter } from '../lora/adapter.ts';
+import { AdapterPool, type PlacedAdapter } from '../lora/pool.ts';
+import { type LoraTable, loraTable, type StackEntry } from '../lora/table.ts';
+import type { Layer, UNetConfig } from '../unet/config.ts';
+import { layersOf } from '../unet/layers.ts';
+import { planUNet, type UNetPlan, type UNetShape } from '../unet/plan.ts';
+import type { Weights } from '../unet/weights.ts';
+
+/** Plans kept per model; each holds a parameter buffer and bind groups, all share one arena. */
+const MAX_PLANS = 16;
+
+/** Buffers that all models of a device share, since forwards run one after another. */
+export interface Shared {
+  readonly device: Device;
+  readonly arena: Arena;
+  /** T of the low-rank terms: alive from a down projection to the layer behind it. */
+  readonly scratch: Arena;
+}
+
+interface ReadyPlan {
+  readonly unet: UNetPlan;
+  readonly plan: Plan;
+  readonly staging: GPUBuffer;
+  lastMs: number;
+}
+
+export interface ForwardResult {
+  /** [images, outChannels, height, width] in f32. */
+  readonly out: Uint8Array;
+  readonly gpuMs: number;
+}
+
+const current = (label: string, arena: Arena): Resident => ({
+  kind: 'resident',
+  label,
+  current: () => arena.buffer,
+  offset: 0,
+  sizeBytes: 0,
+});
+
+export class LoadedModel {
+  readonly config: UNetConfig;
+  readonly storage: Storage;
+  readonly weights: Weights;
+  readonly #shared: Shared;
+  readonly #layers: readonly Layer[];
+  readonly #pool: AdapterPool;
+  readonly #table: Arena;
+  readonly #plans = new Map<string, ReadyPlan>();
+
+  /** `poolBytes` bounds the adapters; the pool is cut into as many pages as the largest binding makes necessary. */
+  constructor(shared: Shared, config: UNetConfig, storage: Storage, weights: Weights, poolBytes: number) {
+    this.config = config;
+    this.storage = storage;
+    this.weights = weights;
+    this.#shared = shared;
+    this.#layers = layersOf(config);
+    const pages = Math.max(1, Math.min(64, ceilDiv(poolBytes, shared.device.capabilities.maxBindingBytes)));
+    this.#pool = new AdapterPool(shared.device, storage, this.#layers, pages);
+    this.#table = new Arena(shared.device, 'lora table');
+  }
+
+  get adapterBytes(): number {
+    return this.#pool.sizeBytes;
+  }
+
+  adapterSize(adapter: Adapter): number {
+    return this.#pool.bytesOf(adapter);
+  }
+
+  /** Undefined where the pool has no room left. */
+  addAdapter(adapter: Adapter): PlacedAdapter | undefined {
+    return this.#pool.add(adapter);
+  }
+
+  removeAdapter(placed: PlacedAdapter): void {
+    this.#pool.remove(placed);
+  }
+
+  /**
+   * Runs one forward. `feeds` as `batch.ts` names them, `stacks` one LoRA stack per image. ERR_OUT_OF_MEMORY, ERR_TOO_LARGE,
+   * ERR_GPU, ERR_DEVICE_LOST.
+   */
+  async forward(
+    shape: UNetShape,
+    feeds: ReadonlyMap<string, Uint8Array>,
+    stacks: readonly (readonly StackEntry[])[],
+  ): Promise<ForwardResult> {
+    const { device } = this.#shared;
+    const ready = await this.#ready(shape);
+    const table = await this.#prepare(ready, feeds, stacks);
+    const { plan, unet, staging } = ready;
+    const started = performance.now();
+    const encoder = device.gpu.createCommandEncoder();
+    plan.encode(encoder, (slot) => table?.blocks.get(slot) ?? 0);
+    encoder.copyBufferToBuffer(
+      this.#shared.arena.buffer,
+      plan.offsetOf(unet.out),
+      staging,
+      0,
+      unet.out.sizeBytes,
+    );
+    device.gpu.queue.submit([encoder.finish()]);
+    const out = await device.readMapped(staging, unet.out.sizeBytes, ready.lastMs);
+    ready.lastMs = performance.now() - started;
+    return { out, gpuMs: ready.lastMs };
+  }
+
+  /** Timestamps of every dispatch of one forward; its result is discarded. */
+  async profile(
+    shape: UNetShape,
+    feeds: ReadonlyMap<string, Uint8Array>,
+    stacks: readonly (readonly StackEntry[])[],
+  ): Promise<readonly Timing[]> {
+    const ready = await this.#ready(shape);
+    const table = await this.#prepare(ready, feeds, stacks);
+    return ready.plan.profile((slot) => table?.blocks.get(slot) ?? 0);
+  }
+
+  close(): void {
+    for (const ready of this.#plans.values()) closePlan(ready);
+    this.#plans.clear();
+    this.#pool.close();
+    this.#table.close();
+    this.weights.close();
+  }
+
+  async #ready(shape: UNetShape): Promise<ReadyPlan> {
+    const key = JSON.stringify(shape);
+    let ready = this.#plans.get(key);
+    if (ready) {
+      this.#plans.delete(key);
+    } else {
+      ready = await this.#compile(shape);
+      for (const [oldest, plan] of this.#plans) {
+        if (this.#plans.size < MAX_PLANS) break;
+        this.#plans.delete(oldest);
+        closePlan(plan);
+      }
+    }
+    this.#plans.set(key, ready);
+    await this.#shared.arena.ensure(ready.plan.arenaBytes);
+    return ready;
+  }
+
+  async #compile(shape: UNetShape): Promise<ReadyPlan> {
+    const { device, arena, scratch } = this.#shared;
+    const table = current('lora table', this.#table);
+    const t = current('lora scratch', scratch);
+    const lora = (slot: number): LoraOperands => ({ slot, pool: this.#pool.operand(slot), table, t });
+    const unet = planUNet(this.config, shape, {
+      storage: this.storage,
+      capabilities: device.capabilities,
+      weights: this.weights,
+      lora,
+    });
+    const plan = await Plan.compile(device, arena, unet.spec);
+    const staging = device.createBuffer('result', unet.out.sizeBytes, Usage.MAP_READ | Usage.COPY_DST);
+    return { unet, plan, staging, lastMs: 0 };
+  }
+
+  /** Uploads feeds and the LoRA table; undefined where no image has low-rank terms. */
+  async #prepare(
+    { unet, plan }: ReadyPlan,
+    feeds: ReadonlyMap<string, Uint8Array>,
+    stacks: readonly (readonly StackEntry[])[],
+  ): Promise<LoraTable | undefined> {
+    const { device, scratch } = this.#shared;
+    const table = loraTable(stacks, this.#layers.length, unet.slotRows);
+    if (table) {
+      const { maxBindingBytes } = device.capabilities;
+      if (table.scratchBytes > maxBindingBytes)
+        throw new UnetdError(
+          'ERR_TOO_LARGE',
+          `The LoRA stacks of this batch need ${table.scratchBytes} bytes of scratch, the adapter binds at most ${maxBindingBytes}; use a smaller batch or fewer LoRAs`,
+          { needed: table.scratchBytes, limit: maxBindingBytes },
+        );
+      await this.#table.ensure(table.words.byteLength);
+      await scratch.ensure(table.scratchBytes);
+      device.gpu.queue.writeBuffer(this.#table.buffer, 0, table.words.buffer);
+    }
+    const { x, time, context, y, control } = unet.feeds;
+    const targets = new Map([
+      ['x', x],
+      ['time', time],
+      ['context', context],
+      ...(y ? ([['y', y]] as const) : []),
+      ...[...control].map(([name, tensor]) => [`control.${name}`, tensor] as const),
+    ]);
+    for (const [name, tensor] of targets) {
+      const bytes = feeds.get(name);
+      if (!bytes) throw new Error(`the feed ${name} is missing`);
+      plan.write(tensor, bytes);
+    }
+    return table;
+  }
+}
+
+function closePlan({ plan, staging }: ReadyPlan): void {
+  plan.close();
+  staging.destroy();
+}

@@ -1,0 +1,227 @@
+/**
+ * Opens a GPU device and owns it: instance, adapter facts, limits, compiled pipelines, error reporting. It knows nothing
+ * of models or plans. One `Device` is passed to whoever needs it; there is no global one.
+ */
+import { setTimeout as sleep } from 'node:timers/promises';
+import { create, globals } from 'webgpu';
+import { UnetdError } from '../errors.ts';
+import type { Capabilities } from './kernel.ts';
+import { PipelineCache } from './pipeline.ts';
+
+interface WebGpuGlobals {
+  readonly GPUBufferUsage: typeof GPUBufferUsage;
+  readonly GPUMapMode: typeof GPUMapMode;
+}
+
+// The bindings type their globals as Object; nothing is put on globalThis, or node would not exit.
+const webgpu = globals as unknown as WebGpuGlobals;
+const MapMode = webgpu.GPUMapMode;
+
+/** GPUBufferUsage of the WebGPU specification. */
+export const Usage: typeof GPUBufferUsage = webgpu.GPUBufferUsage;
+
+export interface AdapterFacts {
+  readonly name: string;
+  readonly backend: string;
+}
+
+export interface DeviceOptions {
+  /** Part of an adapter's name as `listAdapters` gives it; any adapter when left out. */
+  readonly adapter?: string | undefined;
+  /** `null`: compiles and validates everything, runs nothing, needs no driver. */
+  readonly backend?: 'null' | undefined;
+  /** Lowers the largest binding, to try the splitting of large tensors on any adapter. */
+  readonly maxBindingBytes?: number | undefined;
+}
+
+const INSTALL_HINT =
+  'install a Vulkan driver (your GPU vendor\'s, or Mesa\'s software driver: "npm run driver" does it on Debian)';
+
+function createInstance(options: DeviceOptions): GPU {
+  return create([
+    'enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia',
+    'disable-dawn-features=timestamp_quantization',
+    ...(options.backend ? [`backend=${options.backend}`] : []),
+    ...(options.adapter ? [`adapter=${options.adapter}`] : []),
+  ]);
+}
+
+/**
+ * The adapters this machine offers. The bindings have no call for it: asked for a name that none bears, they list all
+ * in the error they throw.
+ */
+export async function listAdapters(): Promise<readonly AdapterFacts[]> {
+  try {
+    await create(['adapter=\u0001']).requestAdapter();
+  } catch (error) {
+    const lines = String(error).matchAll(/backend: '([^']*)', name: '([^']*)'/g);
+    return [...lines].map(([, backend = '', name = '']) => ({ backend, name }));
+  }
+  return [];
+}
+
+async function requestAdapter(instance: GPU, options: DeviceOptions): Promise<GPUAdapter> {
+  let adapter: GPUAdapter | null = null;
+  try {
+    adapter = await instance.requestAdapter({ powerPreference: 'high-performance' });
+  } catch {
+    // Thrown where no adapter has the asked name, or none exists at all; said below.
+  }
+  if (adapter) return adapter;
+  const found = await listAdapters();
+  if (found.length > 0 && options.adapter)
+    throw new UnetdError(
+      'ERR_NO_ADAPTER',
+      `No GPU adapter is named like "${options.adapter}"; found ${found.map((a) => `"${a.name}"`).join(', ')}`,
+      { asked: options.adapter, found },
+    );
+  throw new UnetdError('ERR_NO_ADAPTER', `No usable GPU adapter was found; ${INSTALL_HINT}`, { found });
+}
+
+export class Device {
+  readonly adapter: AdapterFacts & { readonly features: readonly string[] };
+  readonly capabilities: Capabilities;
+  readonly gpu: GPUDevice;
+  readonly pipelines: PipelineCache;
+  /** Resolves with the reason when the device is lost; never rejects. */
+  readonly lost: Promise<string>;
+  /** Grows whenever a buffer that plans bind is replaced; bind groups made before are stale. */
+  generation = 0;
+
+  // Collected while the device lives, the instance takes the whole process down.
+  readonly #instance: GPU;
+  #failure: string | undefined;
+
+  private constructor(instance: GPU, adapter: GPUAdapter, gpu: GPUDevice, options: DeviceOptions) {
+    this.#instance = instance;
+    this.gpu = gpu;
+    const { info } = adapter;
+    this.adapter = {
+      name: info.description || info.device || 'unnamed adapter',
+      backend: options.backend ?? 'auto',
+      features: [...gpu.features].sort(),
+    };
+    const fixed = info.subgroupMinSize === info.subgroupMaxSize && gpu.features.has('subgroups');
+    this.capabilities = {
+      subgroupSize: fixed ? (info.subgroupMinSize ?? 0) : 0,
+      software: info.architecture === 'software' || /llvmpipe|swiftshader/i.test(this.adapter.name),
+      maxBindingBytes: Math.min(gpu.limits.maxStorageBufferBindingSize, options.maxBindingBytes ?? Infinity),
+      maxBufferBytes: gpu.limits.maxBufferSize,
+      offsetAlignment: Math.max(
+        gpu.limits.minStorageBufferOffsetAlignment,
+        gpu.limits.minUniformBufferOffsetAlignment,
+        16,
+      ),
+    };
+    this.pipelines = new PipelineCache(gpu);
+    this.lost = gpu.lost.then((loss) => {
+      this.#failure = `device lost: ${loss.message || loss.reason}`;
+      return this.#failure;
+    });
+    gpu.addEventListener('uncapturederror', (event) => {
+      this.#failure ??= (event as GPUUncapturedErrorEvent).error.message;
+    });
+  }
+
+  /** Opens the best adapter, or the named one, with all its limits. ERR_NO_ADAPTER. */
+  static async open(options: DeviceOptions = {}): Promise<Device> {
+    const instance = createInstance(options);
+    const adapter = await requestAdapter(instance, options);
+    const wanted: GPUFeatureName[] = ['subgroups', 'timestamp-query', 'shader-f16'];
+    const requiredLimits: Record<string, number> = {};
+    for (const name of [
+      'maxStorageBufferBindingSize',
+      'maxBufferSize',
+      'maxComputeWorkgroupStorageSize',
+      'maxComputeInvocationsPerWorkgroup',
+      'maxStorageBuffersPerShaderStage',
+    ] as const)
+      requiredLimits[name] = adapter.limits[name];
+    const gpu = await adapter.requestDevice({
+      requiredFeatures: wanted.filter((feature) => adapter.features.has(feature)),
+      requiredLimits,
+    });
+    return new Device(instance, adapter, gpu, options);
+  }
+
+  /** Throws what the driver reported since the last call outside any error scope: ERR_DEVICE_LOST or ERR_GPU. */
+  check(): void {
+    const failure = this.#failure;
+    if (failure === undefined) return;
+    if (failure.startsWith('device lost')) throw new UnetdError('ERR_DEVICE_LOST', `The GPU ${failure}`);
+    this.#failure = undefined;
+    throw new UnetdError('ERR_GPU', `The GPU driver reported: ${failure}`);
+  }
+
+  /** Runs `work` inside error scopes; a reported error becomes ERR_GPU or ERR_OUT_OF_MEMORY naming `what`. */
+  async guarded<T>(what: string, work: () => T | Promise<T>): Promise<T> {
+    const scopes = ['out-of-memory', 'validation', 'internal'] as const;
+    for (const scope of scopes) this.gpu.pushErrorScope(scope);
+    let thrown: unknown;
+    let result: T | undefined;
+    try {
+      result = await work();
+    } catch (error) {
+      thrown = error;
+    }
+    const errors: { scope: string; message: string }[] = [];
+    for (const scope of [...scopes].reverse()) {
+      const error = await this.gpu.popErrorScope();
+      if (error) errors.push({ scope, message: error.message });
+    }
+    if (thrown) throw thrown;
+    const [first] = errors;
+    if (first?.scope === 'out-of-memory')
+      throw new UnetdError('ERR_OUT_OF_MEMORY', `${what}: the GPU is out of memory (${first.message})`);
+    if (first) throw new UnetdError('ERR_GPU', `${what}: ${first.message}`);
+    return result as T;
+  }
+
+  /** A buffer of at least `sizeBytes` (rounded up to 16), zero filled. */
+  createBuffer(label: string, sizeBytes: number, usage: number): GPUBuffer {
+    const size = Math.max(16, Math.ceil(sizeBytes / 16) * 16);
+    if (size > this.capabilities.maxBufferBytes)
+      throw new UnetdError(
+        'ERR_OUT_OF_MEMORY',
+        `${label}: ${size} bytes are needed in one buffer, the adapter allows ${this.capabilities.maxBufferBytes}`,
+        { needed: size, limit: this.capabilities.maxBufferBytes },
+      );
+    return this.gpu.createBuffer({ label, size, usage });
+  }
+
+  /**
+   * Waits for submitted work. The bindings spin while a promise is pending, which on a software adapter takes a core
+   * from the work itself: there, most of the expected time is slept through first.
+   */
+  async settle(work: () => Promise<unknown>, expectedMs = 0): Promise<void> {
+    if (this.capabilities.software && expectedMs > 4) await sleep(expectedMs * 0.9);
+    await Promise.race([work(), this.lost]);
+    this.check();
+  }
+
+  /** Copies bytes of a buffer (COPY_SRC) to the CPU; for tests and small results outside plans. */
+  async read(buffer: GPUBuffer, offset: number, sizeBytes: number): Promise<Uint8Array> {
+    const staging = this.createBuffer('read', sizeBytes, Usage.MAP_READ | Usage.COPY_DST);
+    const encoder = this.gpu.createCommandEncoder();
+    encoder.copyBufferToBuffer(buffer, offset, staging, 0, Math.ceil(sizeBytes / 4) * 4);
+    this.gpu.queue.submit([encoder.finish()]);
+    try {
+      return await this.readMapped(staging, sizeBytes);
+    } finally {
+      staging.destroy();
+    }
+  }
+
+  /** Maps a MAP_READ buffer, copies its first bytes and unmaps it again. */
+  async readMapped(staging: GPUBuffer, sizeBytes: number, expectedMs = 0): Promise<Uint8Array> {
+    await this.settle(() => staging.mapAsync(MapMode.READ), expectedMs);
+    const bytes = new Uint8Array(staging.getMappedRange().slice(0, sizeBytes));
+    staging.unmap();
+    return bytes;
+  }
+
+  close(): void {
+    this.gpu.destroy();
+    void this.#instance;
+  }
+}

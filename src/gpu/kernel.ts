@@ -1,0 +1,96 @@
+/**
+ * What a kernel is: a frozen description that names its WGSL files, operands and parameters. Pure data; nothing here
+ * compiles or runs. `link.ts` turns a description and its choices into one WGSL module.
+ */
+
+export type Scalar = 'u32' | 'i32' | 'f32';
+
+/** How tensors are stored on the GPU; arithmetic is f32 either way. */
+export type Storage = 'f32' | 'f16';
+
+/** Bytes of one element of a stored tensor. */
+export const storageBytes = (storage: Storage): number => (storage === 'f16' ? 2 : 4);
+
+export interface BindingSpec {
+  /** WGSL store type, e.g. `array<Quad>` (four consecutive stored values) or `array<vec4f>`. */
+  readonly type: string;
+  readonly access: 'read' | 'read_write';
+  /** An absent optional operand leaves `HAS_name = false` and costs no binding. */
+  readonly optional?: boolean;
+}
+
+export interface VariantSpec {
+  /** Files after the option files; the last one holds `main`. Paths below `shaders/`. */
+  readonly files: readonly string[];
+  readonly constants?: Readonly<Record<string, number | boolean>>;
+  /** The variant relies on subgroups of exactly this many lanes. */
+  readonly subgroupSize?: number;
+}
+
+export interface Kernel {
+  readonly name: string;
+  readonly bindings: Readonly<Record<string, BindingSpec>>;
+  readonly params: Readonly<Record<string, Scalar>>;
+  /** Option -> choice -> file that supplies the option's functions. */
+  readonly options: Readonly<Record<string, Readonly<Record<string, string>>>>;
+  /** Constants with their defaults; a dispatch may set any of them. */
+  readonly constants: Readonly<Record<string, number | boolean>>;
+  readonly variants: Readonly<Record<string, VariantSpec>>;
+}
+
+/** Freezes a description. `options` and `constants` may be left out. */
+export function defineKernel(
+  spec: Omit<Kernel, 'options' | 'constants'> & Partial<Pick<Kernel, 'options' | 'constants'>>,
+): Kernel {
+  return Object.freeze({ options: {}, constants: {}, ...spec });
+}
+
+/** What an adapter can do, as far as choosing kernels depends on it. */
+export interface Capabilities {
+  /** Lanes of every subgroup, or 0 where there are no subgroups or their size varies. */
+  readonly subgroupSize: number;
+  /** A driver that runs shaders on the CPU. */
+  readonly software: boolean;
+  readonly maxBindingBytes: number;
+  readonly maxBufferBytes: number;
+  readonly offsetAlignment: number;
+}
+
+/** A tensor of the plan's arena, placed when the plan is compiled. */
+export interface Virtual {
+  readonly kind: 'virtual';
+  readonly id: number;
+  readonly label: string;
+  readonly sizeBytes: number;
+}
+
+/** A buffer with an owner outside the plan. `current` may change between runs: the plan binds it anew when it does. */
+export interface Resident {
+  readonly kind: 'resident';
+  readonly label: string;
+  readonly current: () => GPUBuffer;
+  readonly offset: number;
+  /** Bytes, or 0 for the whole buffer. */
+  readonly sizeBytes: number;
+}
+
+export type Operand = Virtual | Resident;
+
+/** One use of a kernel, as data. */
+export interface Dispatch {
+  readonly kernel: Kernel;
+  readonly variant: string;
+  readonly choices: Readonly<Record<string, string>>;
+  readonly constants: Readonly<Record<string, number | boolean>>;
+  readonly operands: Readonly<Record<string, Operand>>;
+  readonly params: Readonly<Record<string, number>>;
+  /** Workgroups along x, y, z. */
+  readonly grid: readonly [number, number, number];
+  readonly label: string;
+  /** Multiply-adds counted as two. */
+  readonly flops: number;
+}
+
+export const ceilDiv = (a: number, b: number): number => Math.ceil(a / b);
+
+export const alignTo = (a: number, b: number): number => Math.ceil(a / b) * b;

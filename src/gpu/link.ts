@@ -1,0 +1,100 @@
+/**
+ * The only place that writes WGSL: a generated header (directives, constants, the Params struct, bindings) followed by
+ * whole files from `shaders/`, and a map from lines of the module back to `file:line`. It compiles nothing.
+ */
+import { readFileSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import type { Dispatch, Kernel, Storage } from './kernel.ts';
+
+const SHADERS = fileURLToPath(new URL('../../shaders/', import.meta.url));
+
+export interface Linked {
+  readonly code: string;
+  /** Names of the bound operands; the index is the binding number behind the params at 0. */
+  readonly bound: readonly string[];
+  /** `file:line` of a 1-based line of `code`. */
+  readonly origin: (line: number) => string;
+}
+
+/** The choices that make a module: everything of a dispatch but operands' places, params and grid. */
+export type Recipe = Pick<Dispatch, 'kernel' | 'variant' | 'choices' | 'constants'> & {
+  readonly operandNames: readonly string[];
+};
+
+export function recipeOf(dispatch: Dispatch): Recipe {
+  const { kernel, variant, choices, constants } = dispatch;
+  return { kernel, variant, choices, constants, operandNames: Object.keys(dispatch.operands) };
+}
+
+/** Equal keys link to equal modules. */
+export function recipeKey(recipe: Recipe, storage: Storage): string {
+  const entries = (record: Readonly<Record<string, unknown>>): string =>
+    Object.keys(record)
+      .sort()
+      .map((name) => `${name}=${record[name]}`)
+      .join(',');
+  const operands = [...recipe.operandNames].sort().join(',');
+  return `${recipe.kernel.name}/${recipe.variant}/${storage}/${entries(recipe.choices)}/${entries(recipe.constants)}/${operands}`;
+}
+
+export function link(recipe: Recipe, storage: Storage): Linked {
+  const { kernel } = recipe;
+  const variant = kernel.variants[recipe.variant];
+  if (!variant) throw new Error(`kernel ${kernel.name} has no variant ${recipe.variant}`);
+  const bound = Object.keys(kernel.bindings).filter((name) => recipe.operandNames.includes(name));
+  for (const name of recipe.operandNames)
+    if (!kernel.bindings[name]) throw new Error(`kernel ${kernel.name} has no operand ${name}`);
+  const files = [
+    `lib/${storage}.wgsl`,
+    ...Object.entries(kernel.options).map(([option, choices]) => {
+      const file = choices[recipe.choices[option] ?? ''];
+      if (!file)
+        throw new Error(`kernel ${kernel.name}: option ${option} has no choice ${recipe.choices[option]}`);
+      return file;
+    }),
+    ...variant.files,
+  ];
+  const parts = [{ name: 'header', lines: header(kernel, recipe, bound) }];
+  for (const name of files) parts.push({ name, lines: readFileSync(SHADERS + name, 'utf8').split('\n') });
+  return {
+    code: parts.flatMap((part) => part.lines).join('\n'),
+    bound,
+    origin: (line) => {
+      let rest = line;
+      for (const part of parts) {
+        if (rest <= part.lines.length) return `${part.name}:${rest}`;
+        rest -= part.lines.length;
+      }
+      return `end:${rest}`;
+    },
+  };
+}
+
+function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): string[] {
+  const variant = kernel.variants[recipe.variant];
+  const lines: string[] = [];
+  if (variant?.subgroupSize) {
+    // Whole subgroups leave early where a tile has no rows; lanes of one subgroup always stay together.
+    lines.push('enable subgroups;', 'diagnostic(off, subgroup_uniformity);');
+  }
+  for (const name of Object.keys(recipe.constants))
+    if (!(name in kernel.constants)) throw new Error(`kernel ${kernel.name} has no constant ${name}`);
+  const constants = { ...kernel.constants, ...variant?.constants, ...recipe.constants };
+  for (const [name, value] of Object.entries(constants))
+    lines.push(
+      `const ${name} = ${typeof value === 'boolean' ? value : Number.isInteger(value) ? `${value}u` : value};`,
+    );
+  const fields = Object.entries(kernel.params).map(([name, type]) => `${name}: ${type}`);
+  lines.push(`struct Params { ${fields.join(', ')} }`, '@group(0) @binding(0) var<uniform> p: Params;');
+  for (const [name, spec] of Object.entries(kernel.bindings)) {
+    const index = bound.indexOf(name);
+    if (index >= 0) {
+      lines.push(`@group(0) @binding(${index + 1}) var<storage, ${spec.access}> ${name}: ${spec.type};`);
+    } else if (spec.optional) {
+      // Stands in for the absent operand so that code behind `if (HAS_name)` compiles and is dropped.
+      lines.push(`var<private> ${name}: ${spec.type.replace(/>$/, ', 1>')};`);
+    } else throw new Error(`kernel ${kernel.name} needs the operand ${name}`);
+    if (spec.optional) lines.push(`const HAS_${name} = ${index >= 0};`);
+  }
+  return lines;
+}

@@ -1,0 +1,204 @@
+/**
+ * Linear layers and convolutions as one GEMM, and the down projection of their low-rank terms. Formulas, layouts and
+ * preconditions stand in `shaders/gemm/`. Builds dispatches; owns nothing.
+ */
+import {
+  type Capabilities,
+  ceilDiv,
+  type Dispatch,
+  defineKernel,
+  type Kernel,
+  type Operand,
+} from '../gpu/kernel.ts';
+import { pick } from './pick.ts';
+
+/** Columns of a packed weight panel. */
+export const PANEL = 32;
+/** Ranks of one low-rank block. */
+export const RANK_BLOCK = 8;
+
+const A_FILES = { linear: 'gemm/a_linear.wgsl', concat: 'gemm/a_concat.wgsl', conv3: 'gemm/a_conv3.wgsl' };
+
+const PARAMS = {
+  m: 'u32',
+  kQuads: 'u32',
+  nQuads: 'u32',
+  panels: 'u32',
+  panel0: 'u32',
+  split: 'u32',
+  slotRow: 'u32',
+  srcWidth: 'u32',
+  srcHeight: 'u32',
+  inWidth: 'u32',
+  inHeight: 'u32',
+  outWidth: 'u32',
+  stride: 'u32',
+} as const;
+
+export const gemm: Kernel = defineKernel({
+  name: 'gemm',
+  bindings: {
+    x: { type: 'array<Quad>', access: 'read_write' },
+    x2: { type: 'array<Quad>', access: 'read_write', optional: true },
+    w: { type: 'array<Quad>', access: 'read' },
+    bias: { type: 'array<vec4f>', access: 'read', optional: true },
+    add: { type: 'array<Quad>', access: 'read_write', optional: true },
+    out: { type: 'array<Quad>', access: 'read_write' },
+    t: { type: 'array<vec4f>', access: 'read_write', optional: true },
+    up: { type: 'array<Quad>', access: 'read', optional: true },
+    table: { type: 'array<vec4u>', access: 'read', optional: true },
+  },
+  params: PARAMS,
+  options: {
+    a: A_FILES,
+    lora: { none: 'gemm/lora_none.wgsl', blocks: 'gemm/lora_blocks.wgsl' },
+  },
+  constants: { SILU: false, ADD_PER_ROW: true },
+  variants: {
+    broadcast: {
+      files: ['gemm/store.wgsl', 'gemm/broadcast.wgsl'],
+      constants: { WORKGROUP: 64 },
+      subgroupSize: 8,
+    },
+    tile: { files: ['gemm/store.wgsl', 'gemm/tile.wgsl'] },
+  },
+});
+
+export const loraDown: Kernel = defineKernel({
+  name: 'lora_down',
+  bindings: {
+    x: { type: 'array<Quad>', access: 'read_write' },
+    x2: { type: 'array<Quad>', access: 'read_write', optional: true },
+    down: { type: 'array<Quad>', access: 'read' },
+    table: { type: 'array<vec4u>', access: 'read' },
+    t: { type: 'array<vec4f>', access: 'read_write' },
+  },
+  params: PARAMS,
+  options: { a: A_FILES },
+  variants: { row: { files: ['gemm/lora_down.wgsl'] } },
+});
+
+/** How the rows of A are found. Sizes in pixels; the convolution sees inHeight x inWidth, scaled up from the source. */
+export type Rows =
+  | { readonly kind: 'linear' }
+  | { readonly kind: 'concat'; readonly x2: Operand; readonly splitChannels: number }
+  | {
+      readonly kind: 'conv3';
+      readonly srcHeight: number;
+      readonly srcWidth: number;
+      readonly inHeight: number;
+      readonly inWidth: number;
+      readonly outWidth: number;
+      readonly stride: 1 | 2;
+    };
+
+export interface GemmArgs {
+  readonly label: string;
+  readonly images: number;
+  /** Rows of one image (tokens or output pixels). */
+  readonly m: number;
+  /** Input channels of one tap, a multiple of 8. */
+  readonly channels: number;
+  /** Stored output columns, a multiple of 4. */
+  readonly n: number;
+  readonly rows: Rows;
+  readonly x: Operand;
+  readonly out: Operand;
+  /** Packed weights, [n / 32][taps * channels][32]; all of them, or the panels from `panel0` on. */
+  readonly w: Operand;
+  readonly panel0?: number;
+  readonly panels?: number;
+  readonly bias?: Operand | undefined;
+  /** Added to the result: [image, m, n], or [image, n] with `addPerImage`. */
+  readonly add?: Operand | undefined;
+  readonly addPerImage?: boolean | undefined;
+  readonly silu?: boolean | undefined;
+}
+
+/** Where the low-rank terms of a layer live; see `shaders/gemm/lora_blocks.wgsl`. */
+export interface LoraOperands {
+  readonly slot: number;
+  readonly pool: Operand;
+  readonly table: Operand;
+  readonly t: Operand;
+}
+
+const tapsOf = (rows: Rows): number => (rows.kind === 'conv3' ? 9 : 1);
+
+function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
+  const { rows } = args;
+  const conv = rows.kind === 'conv3' ? rows : undefined;
+  return {
+    m: args.m,
+    kQuads: args.channels / 4,
+    nQuads: args.n / 4,
+    panels: args.panels ?? ceilDiv(args.n, PANEL),
+    panel0: args.panel0 ?? 0,
+    split: rows.kind === 'concat' ? rows.splitChannels / 4 : 0,
+    slotRow: slot * args.images,
+    srcWidth: conv?.srcWidth ?? 0,
+    srcHeight: conv?.srcHeight ?? 0,
+    inWidth: conv?.inWidth ?? 0,
+    inHeight: conv?.inHeight ?? 0,
+    outWidth: conv?.outWidth ?? 0,
+    stride: conv?.stride ?? 0,
+  };
+}
+
+const sources = ({ x, rows }: GemmArgs): Record<string, Operand> =>
+  rows.kind === 'concat' ? { x, x2: rows.x2 } : { x };
+
+/** The layer itself; with `lora`, also the up projection of its low-rank terms, whose T `loraDownOf` makes first. */
+export function gemmOf(
+  args: GemmArgs,
+  capabilities: Capabilities,
+  lora?: LoraOperands,
+  variant?: string,
+): Dispatch {
+  if (args.channels % 8 !== 0 || args.n % 4 !== 0)
+    throw new Error(
+      `${args.label}: channels ${args.channels} must be a multiple of 8, columns ${args.n} of 4`,
+    );
+  const chosen = variant ?? pick(gemm, capabilities);
+  const params = paramsOf(args, lora?.slot ?? 0);
+  const panels = params['panels']!;
+  return {
+    kernel: gemm,
+    variant: chosen,
+    choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none' },
+    constants: {
+      ...(args.silu ? { SILU: true } : {}),
+      ...(args.addPerImage ? { ADD_PER_ROW: false } : {}),
+    },
+    operands: {
+      ...sources(args),
+      w: args.w,
+      out: args.out,
+      ...(args.bias ? { bias: args.bias } : {}),
+      ...(args.add ? { add: args.add } : {}),
+      ...(lora ? { t: lora.t, up: lora.pool, table: lora.table } : {}),
+    },
+    params,
+    grid:
+      chosen === 'tile'
+        ? [ceilDiv(panels, 2), ceilDiv(args.m, 64), args.images]
+        : [panels, ceilDiv(args.m, 64), args.images],
+    label: args.label,
+    flops: 2 * args.images * args.m * Math.min(panels * PANEL, args.n) * tapsOf(args.rows) * args.channels,
+  };
+}
+
+/** T of the layer's low-rank terms. grid.x is the number of blocks of the longest stack, known at each run. */
+export function loraDownOf(args: GemmArgs, lora: LoraOperands): Dispatch {
+  return {
+    kernel: loraDown,
+    variant: 'row',
+    choices: { a: args.rows.kind },
+    constants: {},
+    operands: { ...sources(args), down: lora.pool, table: lora.table, t: lora.t },
+    params: paramsOf(args, lora.slot),
+    grid: [1, ceilDiv(args.m, 64), args.images],
+    label: `${args.label} lora down`,
+    flops: 2 * args.images * args.m * RANK_BLOCK * tapsOf(args.rows) * args.channels,
+  };
+}

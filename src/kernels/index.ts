@@ -1,0 +1,21 @@
+/** The registry: every kernel, once. Tests and benchmarks walk it. */
+import type { Kernel } from '../gpu/kernel.ts';
+import { attention } from './attention.ts';
+import { fromNchw, geglu, toNchw } from './elementwise.ts';
+import { gemm, loraDown } from './gemm.ts';
+import { groupApply, groupFold, groupMoments, layerNorm } from './norm.ts';
+import { pack } from './pack.ts';
+
+export const KERNELS: readonly Kernel[] = [
+  gemm,
+  loraDown,
+  attention,
+  groupMoments,
+  groupFold,
+  groupApply,
+  layerNorm,
+  geglu,
+  fromNchw,
+  toNchw,
+  pack,
+];

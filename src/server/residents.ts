@@ -1,0 +1,177 @@
+/**
+ * What the engine holds: which models and adapters are loaded, from which version of their files, and how many requests use
+ * each model. Loads on demand and only once for any number of askers. Runs no forwards.
+ */
+import type { AdapterInfo, EngineApi, ModelInfo, Progress } from '../engine/types.ts';
+import { UnetdError } from '../errors.ts';
+import type { Clock } from './clock.ts';
+import type { FileKind } from './folders.ts';
+import type { Library } from './library.ts';
+import type { DtypeChoice } from './protocol.ts';
+
+/** How long a LoRA file is taken as unchanged without looking again. */
+const RECHECK_MS = 1000;
+
+interface ResidentAdapter {
+  readonly info: AdapterInfo;
+  readonly version: string;
+  readonly checkedAt: number;
+}
+
+interface Loading {
+  readonly dtype: DtypeChoice;
+  readonly done: Promise<ModelInfo>;
+  readonly listeners: Set<Progress>;
+}
+
+export class Residents {
+  readonly #engine: EngineApi;
+  readonly #library: Library;
+  readonly #clock: Clock;
+  readonly #defaultDtype: DtypeChoice;
+  readonly #models = new Map<string, ModelInfo>();
+  readonly #loading = new Map<string, Loading>();
+  readonly #uses = new Map<string, number>();
+  /** Model -> LoRA -> adapter. */
+  readonly #adapters = new Map<string, Map<string, ResidentAdapter>>();
+  readonly #adapterLoading = new Map<string, Promise<AdapterInfo>>();
+
+  constructor(engine: EngineApi, library: Library, clock: Clock, defaultDtype: DtypeChoice) {
+    this.#engine = engine;
+    this.#library = library;
+    this.#clock = clock;
+    this.#defaultDtype = defaultDtype;
+  }
+
+  model(name: string): ModelInfo | undefined {
+    return this.#models.get(name);
+  }
+
+  /** Whether a file is loaded or being loaded, so that it may have to be read again after a restart of the engine. */
+  isNeeded(kind: FileKind, name: string): boolean {
+    if (kind === 'model') return this.#models.has(name) || this.#loading.has(name);
+    const loading = [...this.#adapterLoading.keys()].some((key) => key.endsWith(`\n${name}`));
+    return loading || [...this.#adapters.values()].some((adapters) => adapters.has(name));
+  }
+
+  /** Loads a model as `model.load` does: a changed file, or another dtype asked for, loads it anew. */
+  async loadModel(name: string, dtype: DtypeChoice | undefined, progress?: Progress): Promise<ModelInfo> {
+    const wanted = dtype ?? this.#defaultDtype;
+    const source = await this.#library.find('model', name);
+    const running = this.#loading.get(name);
+    if (running !== undefined) {
+      if (running.dtype === wanted || wanted === 'auto') return this.#follow(running, progress);
+      await running.done.catch(() => {});
+    }
+    const loaded = this.#models.get(name);
+    const sameDtype = wanted === 'auto' || loaded?.dtype === wanted;
+    if (loaded !== undefined && loaded.version === source.version && sameDtype) return loaded;
+    if (loaded !== undefined) this.#refuseBusy(name, 'loaded anew');
+    // Another asker may have begun while this one waited.
+    const other = this.#loading.get(name);
+    if (other !== undefined) return this.#follow(other, progress);
+    const listeners = new Set<Progress>();
+    const report: Progress = (stage, done, total) => {
+      for (const listener of listeners) listener(stage, done, total);
+    };
+    const done = this.#engine.loadModel({ name, path: source.path, version: source.version }, wanted, report);
+    const loading = { dtype: wanted, done: done.then((info) => this.#arrived(name, info)), listeners };
+    this.#loading.set(name, loading);
+    loading.done.finally(() => this.#loading.delete(name)).catch(() => {});
+    return this.#follow(loading, progress);
+  }
+
+  /** The model, loaded first where it is not. */
+  async needModel(name: string): Promise<ModelInfo> {
+    return this.#models.get(name) ?? this.loadModel(name, undefined);
+  }
+
+  /** ERR_MODEL_BUSY, ERR_MODEL_NOT_LOADED. */
+  async unloadModel(name: string): Promise<void> {
+    if (!this.#models.has(name)) {
+      await this.#library.find('model', name);
+      throw new UnetdError(
+        'ERR_MODEL_NOT_LOADED',
+        `Model "${name}" is not loaded: there is nothing to unload.`,
+        { model: name },
+      );
+    }
+    this.#refuseBusy(name, 'unloaded');
+    this.forget(name);
+    await this.#engine.unloadModel(name);
+  }
+
+  /** The adapter, loaded first where it is not, or where its file has changed. Loads the model too if need be. */
+  async needAdapter(lora: string, model: string): Promise<AdapterInfo> {
+    await this.needModel(model);
+    const held = this.#adapters.get(model)?.get(lora);
+    if (held !== undefined && this.#clock.now() - held.checkedAt < RECHECK_MS) return held.info;
+    const source = await this.#library.find('lora', lora);
+    if (held !== undefined && held.version === source.version) {
+      this.#adapters.get(model)?.set(lora, { ...held, checkedAt: this.#clock.now() });
+      return held.info;
+    }
+    const key = `${model}\n${lora}`;
+    const running = this.#adapterLoading.get(key);
+    if (running !== undefined) return running;
+    const { path, version } = source;
+    const done = this.#engine.loadAdapter({ name: lora, path, version }, model).then((info) => {
+      const adapters = this.#adapters.get(model) ?? new Map<string, ResidentAdapter>();
+      this.#adapters.set(model, adapters.set(lora, { info, version, checkedAt: this.#clock.now() }));
+      return info;
+    });
+    this.#adapterLoading.set(key, done);
+    done.finally(() => this.#adapterLoading.delete(key)).catch(() => {});
+    return done;
+  }
+
+  /** Counts a request as using the model until the result is called. */
+  use(model: string): () => void {
+    this.#uses.set(model, (this.#uses.get(model) ?? 0) + 1);
+    let over = false;
+    return () => {
+      if (over) return;
+      over = true;
+      const left = (this.#uses.get(model) ?? 1) - 1;
+      if (left > 0) this.#uses.set(model, left);
+      else this.#uses.delete(model);
+    };
+  }
+
+  /** Makes the next use load the model and its adapters again: the engine no longer has them. */
+  forget(model: string): void {
+    this.#models.delete(model);
+    this.#adapters.delete(model);
+  }
+
+  /** Makes the next use load the adapter again. */
+  forgetAdapter(model: string, lora: string): void {
+    this.#adapters.get(model)?.delete(lora);
+  }
+
+  #arrived(name: string, info: ModelInfo): ModelInfo {
+    // Adapters belong to the weights they were loaded for.
+    this.#adapters.delete(name);
+    this.#models.set(name, info);
+    return info;
+  }
+
+  #follow(loading: Loading, progress: Progress | undefined): Promise<ModelInfo> {
+    if (progress === undefined) return loading.done;
+    loading.listeners.add(progress);
+    return loading.done.finally(() => loading.listeners.delete(progress));
+  }
+
+  #refuseBusy(name: string, what: string): void {
+    const uses = this.#uses.get(name) ?? 0;
+    if (uses === 0) return;
+    throw new UnetdError(
+      'ERR_MODEL_BUSY',
+      `Model "${name}" cannot be ${what} while ${uses} requests use it; retry when they are answered.`,
+      {
+        model: name,
+        requests: uses,
+      },
+    );
+  }
+}

@@ -1,0 +1,229 @@
+/**
+ * One connection: its open requests, its kept tensors and its window. Turns frames into operations and their outcomes into
+ * frames, each request answered exactly once. Sends through a function and so knows no sockets.
+ */
+import { UnetdError } from '../errors.ts';
+import type { TensorView } from '../safetensors.ts';
+import { describe } from './fields.ts';
+import { KeptTensors } from './kept.ts';
+import { HANDLERS, type Reply, type Services } from './operations.ts';
+import { OPERATIONS, type Operation, type WireError } from './protocol.ts';
+import { decodeFrame, encodeBinary, encodeText, idOf, type JsonObject, type Message } from './wire.ts';
+
+export interface SessionLimits {
+  readonly maxMessageBytes: number;
+  /** Most open requests. */
+  readonly maxInFlight: number;
+  readonly maxKeptBytes: number;
+}
+
+/** Progress events closer together than this are left out, but for the last of a stage. */
+const PROGRESS_MS = 50;
+const MAX_ID = 256;
+const NO_TENSORS: ReadonlyMap<string, TensorView> = new Map();
+
+export class Session {
+  readonly owner: string;
+  readonly kept: KeptTensors;
+  readonly #services: Services;
+  readonly #limits: SessionLimits;
+  readonly #send: (frame: string | Uint8Array) => void;
+  /** Id -> how to cancel the request. */
+  readonly #open = new Map<string, AbortController>();
+  #closed = false;
+  #whenIdle: (() => void)[] = [];
+
+  constructor(
+    owner: string,
+    services: Services,
+    limits: SessionLimits,
+    send: (frame: string | Uint8Array) => void,
+  ) {
+    this.owner = owner;
+    this.kept = new KeptTensors(limits.maxKeptBytes);
+    this.#services = services;
+    this.#limits = limits;
+    this.#send = send;
+  }
+
+  get open(): number {
+    return this.#open.size;
+  }
+
+  /** Takes one frame, a string for a text frame. Never throws: what is wrong with it is answered. */
+  receive(frame: string | Uint8Array): void {
+    let message: Message;
+    let id: string | null = null;
+    let op: Operation;
+    try {
+      message = this.#decode(frame);
+      id = this.#freshId(message.header);
+      op = operationOf(message, id);
+      this.#admit(op);
+    } catch (error) {
+      const fault = UnetdError.from(error);
+      // A frame of the wrong kind is no request, whatever id it carries.
+      this.#fail(fault.code === 'ERR_BAD_FRAME' ? null : id, fault, 'unknown');
+      return;
+    }
+    void this.#serve(id, op, message);
+  }
+
+  /** Cancels all open requests; nothing is sent any more. */
+  close(): void {
+    this.#closed = true;
+    for (const controller of this.#open.values()) controller.abort(cancelled('its connection ended'));
+    this.kept.clear();
+    void this.#services.library.uploads.dropOwner(this.owner);
+  }
+
+  /** Resolves when no request is open. */
+  idle(): Promise<void> {
+    if (this.#open.size === 0) return Promise.resolve();
+    return new Promise((resolve) => this.#whenIdle.push(resolve));
+  }
+
+  #decode(frame: string | Uint8Array): Message {
+    const bytes = typeof frame === 'string' ? Buffer.byteLength(frame) : frame.byteLength;
+    const { maxMessageBytes } = this.#limits;
+    if (bytes > maxMessageBytes) {
+      throw new UnetdError(
+        'ERR_TOO_LARGE',
+        `The frame has ${bytes} bytes, at most ${maxMessageBytes} are taken; send fewer images, or a file in parts.`,
+        { bytes, limit: maxMessageBytes },
+      );
+    }
+    return decodeFrame(frame, 'req');
+  }
+
+  #freshId(header: JsonObject): string {
+    const id = idOf(header);
+    if (id === null || id === '' || id.length > MAX_ID) {
+      throw new UnetdError(
+        'ERR_BAD_REQUEST',
+        `"id" must be a string of 1 to ${MAX_ID} characters, got ${describe(header.id)}.`,
+      );
+    }
+    if (!this.#open.has(id)) return id;
+    // Addressed to nobody: under the id it would be taken for the answer to the other request.
+    throw new UnetdError(
+      'ERR_DUPLICATE_ID',
+      `A request with the id "${id}" is open on this connection; use another id.`,
+      { id },
+    );
+  }
+
+  #admit(op: Operation): void {
+    if (op === 'cancel' || op === 'stats') return;
+    if (this.#services.isDraining()) {
+      throw new UnetdError(
+        'ERR_SHUTTING_DOWN',
+        'The server is shutting down and takes no new requests; connect to another, or later.',
+      );
+    }
+    const { maxInFlight } = this.#limits;
+    if (this.#open.size < maxInFlight) return;
+    throw new UnetdError(
+      'ERR_BUSY',
+      `This connection has ${this.#open.size} open requests, its limit; wait for an answer before sending more.`,
+      { open: this.#open.size, limit: maxInFlight },
+    );
+  }
+
+  async #serve(id: string, op: Operation, { header, tensors }: Message): Promise<void> {
+    const controller = new AbortController();
+    this.#open.set(id, controller);
+    const { signal } = controller;
+    let outcome: Reply | UnetdError;
+    try {
+      const reply = HANDLERS[op](this.#services, {
+        owner: this.owner,
+        header,
+        tensors: tensors ?? NO_TENSORS,
+        kept: this.kept,
+        signal,
+        progress: this.#progressOf(id),
+        cancel: (target) => this.#cancel(target, id),
+      });
+      outcome = await untilAborted(Promise.resolve(reply), signal);
+    } catch (error) {
+      outcome = UnetdError.from(error);
+    }
+    this.#open.delete(id);
+    if (outcome instanceof UnetdError) this.#fail(id, outcome, op);
+    else this.#answer(id, outcome, op);
+    if (this.#open.size === 0) for (const resolve of this.#whenIdle.splice(0)) resolve();
+  }
+
+  #cancel(target: string, from: string): boolean {
+    const controller = target === from ? undefined : this.#open.get(target);
+    controller?.abort(cancelled('its client asked for that'));
+    return controller !== undefined;
+  }
+
+  #progressOf(id: string): (stage: string, done: number, total: number) => void {
+    let last = Number.NEGATIVE_INFINITY;
+    return (stage, done, total) => {
+      const now = performance.now();
+      if (this.#closed || !this.#open.has(id) || (now - last < PROGRESS_MS && done < total)) return;
+      last = now;
+      this.#send(encodeText({ id, event: 'progress', stage, done, total }));
+    };
+  }
+
+  #answer(id: string, reply: Reply, op: Operation): void {
+    let frame: string | Uint8Array;
+    try {
+      frame =
+        'result' in reply
+          ? encodeText({ id, ok: true, result: reply.result })
+          : encodeBinary({ id, ok: true, ...reply.fields }, reply.tensors, 'res');
+    } catch (error) {
+      this.#fail(id, UnetdError.from(error), op);
+      return;
+    }
+    this.#services.metrics.answered(op, 'ok');
+    if (!this.#closed) this.#send(frame);
+  }
+
+  #fail(id: string | null, { code, message, details }: UnetdError, op: Operation | 'unknown'): void {
+    this.#services.metrics.answered(op, code);
+    const error: WireError = { code, message, details };
+    if (!this.#closed) this.#send(encodeText({ id, ok: false, error }));
+  }
+}
+
+/** The operation, if there is one of that name and it came in the right kind of frame. */
+function operationOf({ header, tensors }: Message, id: string): Operation {
+  const { op } = header;
+  if (typeof op !== 'string') {
+    throw new UnetdError('ERR_BAD_REQUEST', `"op" must name an operation, got ${describe(op)}.`);
+  }
+  if (!Object.hasOwn(OPERATIONS, op)) {
+    const known = Object.keys(OPERATIONS).join(', ');
+    throw new UnetdError(
+      'ERR_UNKNOWN_OP',
+      `There is no operation "${op.slice(0, 100)}"; this server has ${known}.`,
+    );
+  }
+  const kind = tensors === null ? 'text' : 'binary';
+  const wanted = OPERATIONS[op as Operation];
+  if (kind === wanted) return op as Operation;
+  throw new UnetdError(
+    'ERR_BAD_FRAME',
+    `"${op}" belongs in a ${wanted} frame, request "${id}" came in a ${kind} frame.`,
+    { id },
+  );
+}
+
+function cancelled(why: string): UnetdError {
+  return new UnetdError('ERR_CANCELLED', `The request was cancelled: ${why}.`);
+}
+
+/** The promise, or the abort reason as soon as the signal aborts; the work itself may still go on. */
+function untilAborted<Value>(promise: Promise<Value>, signal: AbortSignal): Promise<Value> {
+  return new Promise((resolve, reject) => {
+    signal.addEventListener('abort', () => reject(signal.reason), { once: true });
+    promise.then(resolve, reject);
+  });
+}

@@ -1,0 +1,196 @@
+/**
+ * The WebSocket side of the port: who may upgrade, hello, pings, and replies that a slow reader does not pile up. Hands every
+ * frame to a `Session` and knows nothing of what is in it.
+ */
+import { type IncomingMessage, STATUS_CODES } from 'node:http';
+import type { Socket } from 'node:net';
+import type { Duplex } from 'node:stream';
+import { type WebSocket, WebSocketServer } from 'ws';
+import { type GuardOptions, refusePlace, refuseToken } from './guard.ts';
+import type { Logger } from './log.ts';
+import type { Services } from './operations.ts';
+import { type Hello, SOCKET_PATH, SUBPROTOCOL } from './protocol.ts';
+import { Session, type SessionLimits } from './session.ts';
+import { encodeText } from './wire.ts';
+
+export interface SocketOptions {
+  readonly services: Services;
+  readonly guard: GuardOptions;
+  readonly limits: SessionLimits;
+  readonly hello: () => Hello;
+  readonly maxConnections: number;
+  readonly pingMs: number;
+  readonly log: Logger;
+}
+
+interface Peer {
+  readonly socket: WebSocket;
+  readonly stream: Socket;
+  readonly session: Session;
+  missedPings: number;
+  bytesRead: number;
+}
+
+/** A frame up to this much over the limit is answered with ERR_TOO_LARGE; beyond it the connection is closed (1009). */
+const OVERSIZE_BYTES = 64 * 1024 * 1024;
+/** Unsent replies above which no more requests are read from a connection, and below which reading goes on. */
+const HIGH_WATER_BYTES = 64 * 1024 * 1024;
+const LOW_WATER_BYTES = 8 * 1024 * 1024;
+const MAX_MISSED_PINGS = 2;
+
+export class Sockets {
+  readonly #options: SocketOptions;
+  readonly #server: WebSocketServer;
+  readonly #peers = new Set<Peer>();
+  readonly #pinger: NodeJS.Timeout;
+  #nextOwner = 1;
+
+  constructor(options: SocketOptions) {
+    this.#options = options;
+    this.#server = new WebSocketServer({
+      noServer: true,
+      perMessageDeflate: false,
+      maxPayload: options.limits.maxMessageBytes + OVERSIZE_BYTES,
+      handleProtocols: () => SUBPROTOCOL,
+      clientTracking: false,
+    });
+    this.#pinger = setInterval(() => this.#ping(), options.pingMs);
+    this.#pinger.unref();
+  }
+
+  get connections(): number {
+    return this.#peers.size;
+  }
+
+  get kept(): { readonly tensors: number; readonly bytes: number } {
+    const stores = [...this.#peers].map(({ session }) => session.kept);
+    return {
+      tensors: stores.reduce((sum, store) => sum + store.size, 0),
+      bytes: stores.reduce((sum, store) => sum + store.bytes, 0),
+    };
+  }
+
+  /** The `upgrade` event of the HTTP server. */
+  upgrade(request: IncomingMessage, stream: Duplex, head: Buffer): void {
+    const refusal = this.#refusal(request);
+    if (refusal !== null) {
+      this.#options.log.warn({ status: refusal.status, from: request.socket.remoteAddress }, refusal.reason);
+      refuseUpgrade(stream, refusal);
+      return;
+    }
+    this.#server.handleUpgrade(request, stream, head, (socket) => this.#welcome(socket, request.socket));
+  }
+
+  /** Resolves when no request of any connection is open. */
+  async idle(): Promise<void> {
+    while ([...this.#peers].some(({ session }) => session.open > 0)) {
+      await Promise.all([...this.#peers].map(({ session }) => session.idle()));
+    }
+  }
+
+  /** Closes all connections; what is already sent still goes out, for at most `graceMs`. */
+  async close(graceMs: number): Promise<void> {
+    clearInterval(this.#pinger);
+    const closed = [...this.#peers].map(
+      ({ socket }) =>
+        new Promise<void>((resolve) => {
+          const timer = setTimeout(() => socket.terminate(), graceMs);
+          socket.once('close', () => {
+            clearTimeout(timer);
+            resolve();
+          });
+          socket.resume();
+          socket.close(1001, 'the server shuts down');
+        }),
+    );
+    await Promise.all(closed);
+  }
+
+  #refusal(request: IncomingMessage): { readonly status: number; readonly reason: string } | null {
+    const { guard, services, maxConnections } = this.#options;
+    const path = (request.url ?? '').split('?')[0];
+    if (path !== SOCKET_PATH)
+      return { status: 404, reason: `The WebSocket is at ${SOCKET_PATH}, not at ${path}.` };
+    const refusal = refusePlace(request.headers, guard) ?? refuseToken(request.headers, guard.token);
+    if (refusal !== null) return refusal;
+    const offered = (request.headers['sec-websocket-protocol'] ?? '').split(',').map((name) => name.trim());
+    if (!offered.includes(SUBPROTOCOL)) {
+      const found = offered[0] === '' ? 'offered none' : `offered ${offered.join(', ').slice(0, 200)}`;
+      return {
+        status: 400,
+        reason: `This server speaks the subprotocol ${SUBPROTOCOL}; the client ${found}.`,
+      };
+    }
+    if (services.isDraining())
+      return { status: 503, reason: 'The server is shutting down; connect to another, or later.' };
+    if (this.#peers.size < maxConnections) return null;
+    return { status: 503, reason: `The server has ${maxConnections} connections, its limit; connect later.` };
+  }
+
+  #welcome(socket: WebSocket, stream: Socket): void {
+    const { services, limits, log } = this.#options;
+    const owner = `connection ${this.#nextOwner++}`;
+    const session = new Session(owner, services, limits, (frame) => this.#send(peer, frame));
+    const peer: Peer = { socket, stream, session, missedPings: 0, bytesRead: 0 };
+    this.#peers.add(peer);
+    stream.setNoDelay(true);
+    log.info({ owner, from: stream.remoteAddress }, 'connected');
+    socket.on('message', (data: Buffer, isBinary) =>
+      session.receive(isBinary ? data : data.toString('utf8')),
+    );
+    socket.on('pong', () => {
+      peer.missedPings = 0;
+    });
+    socket.on('error', (error) => log.warn({ owner, error: error.message }, 'connection failed'));
+    socket.on('close', (code) => {
+      this.#peers.delete(peer);
+      session.close();
+      log.info({ owner, code }, 'disconnected');
+    });
+    this.#send(peer, encodeText({ ...this.#options.hello() }));
+  }
+
+  /** A peer that does not take its replies is not read from until it does; that it answers no pings then ends it. */
+  #send({ socket }: Peer, frame: string | Uint8Array): void {
+    if (socket.readyState !== socket.OPEN) return;
+    socket.send(frame, { binary: typeof frame !== 'string' }, () => {
+      if (socket.isPaused && socket.bufferedAmount < LOW_WATER_BYTES) socket.resume();
+    });
+    if (socket.bufferedAmount > HIGH_WATER_BYTES) socket.pause();
+  }
+
+  #ping(): void {
+    for (const peer of this.#peers) {
+      const { socket, stream } = peer;
+      // A pong may wait behind a large frame that still arrives: bytes are a sign of life too.
+      if (stream.bytesRead !== peer.bytesRead) peer.missedPings = 0;
+      peer.bytesRead = stream.bytesRead;
+      if (peer.missedPings >= MAX_MISSED_PINGS) {
+        this.#options.log.warn({ owner: peer.session.owner }, `terminated: missed ${MAX_MISSED_PINGS} pings`);
+        socket.terminate();
+        continue;
+      }
+      peer.missedPings += 1;
+      socket.ping();
+    }
+  }
+}
+
+function refuseUpgrade(
+  stream: Duplex,
+  { status, reason }: { readonly status: number; readonly reason: string },
+): void {
+  const body = `${reason}\n`;
+  stream.on('error', () => {});
+  stream.end(
+    [
+      `HTTP/1.1 ${status} ${STATUS_CODES[status] ?? ''}`,
+      'Connection: close',
+      'Content-Type: text/plain; charset=utf-8',
+      `Content-Length: ${Buffer.byteLength(body)}`,
+      ...(status === 401 ? ['WWW-Authenticate: Bearer'] : []),
+      '',
+      body,
+    ].join('\r\n'),
+  );
+}

@@ -1,0 +1,275 @@
+/**
+ * Uploaded tensors, spooled part by part into a private temporary folder as safetensors files and addressed by digest. Owns
+ * that folder and removes it on close; keeps within a quota by dropping the least recently used files that nobody needs.
+ */
+import { rmSync } from 'node:fs';
+import { type FileHandle, mkdtemp, open, rename, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { UnetdError } from '../errors.ts';
+import { SafetensorsFile, type TensorView } from '../safetensors.ts';
+import type { FileKind, FoundFile } from './folders.ts';
+
+export const DIGEST_PREFIX = 'sha256:';
+const DIGEST = /^[0-9a-f]{64}$/;
+/** Room for the header of a file in parts, written last: about 30,000 tensors. The format allows trailing spaces. */
+const HEADER_BYTES = 4 * 1024 * 1024;
+const LENGTH_BYTES = 8;
+
+export interface PutPart {
+  readonly kind: FileKind;
+  /** The connection: parts of different connections never mix. */
+  readonly owner: string;
+  readonly digest: string;
+  readonly part: number;
+  readonly parts: number;
+  readonly tensors: readonly TensorView[];
+}
+
+interface Partial {
+  readonly owner: string;
+  readonly path: string;
+  readonly handle: Promise<FileHandle>;
+  readonly entries: Map<string, string>;
+  readonly parts: number;
+  /** Room for the header, in bytes. */
+  readonly headerBytes: number;
+  /** The part that must come next. */
+  next: number;
+  bytes: number;
+  /** Writes of one upload follow each other. */
+  last: Promise<unknown>;
+}
+
+export class Uploads {
+  readonly quotaBytes: number;
+  readonly #folder: string;
+  readonly #removeOnExit: () => void;
+  /** `KIND/DIGEST` -> file, least recently used first. */
+  readonly #files = new Map<string, FoundFile>();
+  readonly #partials = new Map<string, Partial>();
+  #nextFile = 1;
+
+  private constructor(folder: string, quotaBytes: number) {
+    this.#folder = folder;
+    this.quotaBytes = quotaBytes;
+    this.#removeOnExit = () => rmSync(folder, { recursive: true, force: true });
+    process.on('exit', this.#removeOnExit);
+  }
+
+  static async open(quotaBytes: number): Promise<Uploads> {
+    return new Uploads(await mkdtemp(join(tmpdir(), 'unetd-')), quotaBytes);
+  }
+
+  get files(): number {
+    return this.#files.size;
+  }
+
+  get bytes(): number {
+    const held = [...this.#files.values()].map((file) => file.sizeBytes);
+    const partial = [...this.#partials.values()].map((each) => each.headerBytes + each.bytes);
+    return [...held, ...partial].reduce((sum, bytes) => sum + bytes, 0);
+  }
+
+  has(kind: FileKind, digest: string): boolean {
+    return this.#files.has(`${kind}/${digest}`);
+  }
+
+  /** The file behind `sha256:HEX`, marked as used, or null. ERR_BAD_REQUEST where HEX is no digest. */
+  find(kind: FileKind, name: string): FoundFile | null {
+    const digest = checkDigest(name.slice(DIGEST_PREFIX.length));
+    const key = `${kind}/${digest}`;
+    const file = this.#files.get(key);
+    if (file === undefined) return null;
+    this.#files.delete(key);
+    this.#files.set(key, file);
+    return file;
+  }
+
+  /** Takes one part; resolves to whether the file is complete. ERR_DIGEST_MISMATCH, ERR_TOO_LARGE, ERR_BAD_REQUEST. */
+  async put(put: PutPart, isNeeded: (kind: FileKind, name: string) => boolean): Promise<boolean> {
+    checkDigest(put.digest);
+    if (this.has(put.kind, put.digest)) return true;
+    const key = `${put.owner}/${put.kind}/${put.digest}`;
+    const partial = this.#partials.get(key) ?? this.#begin(key, put);
+    const mine = partial.last.catch(() => {}).then(() => this.#append(key, partial, put, isNeeded));
+    partial.last = mine;
+    return mine;
+  }
+
+  /** Drops the unfinished uploads of a connection that ended. */
+  async dropOwner(owner: string): Promise<void> {
+    const keys = [...this.#partials].filter(([, partial]) => partial.owner === owner).map(([key]) => key);
+    for (const key of keys) {
+      await this.#partials.get(key)?.last.catch(() => {});
+      await this.#abandon(key);
+    }
+  }
+
+  async close(): Promise<void> {
+    for (const key of [...this.#partials.keys()]) await this.#abandon(key);
+    await rm(this.#folder, { recursive: true, force: true });
+    process.off('exit', this.#removeOnExit);
+  }
+
+  #begin(key: string, put: PutPart): Partial {
+    if (put.part !== 0) {
+      throw new UnetdError(
+        'ERR_BAD_REQUEST',
+        `Part ${put.part} of ${put.digest} came, but no part 0 before it on this connection; begin with part 0.`,
+      );
+    }
+    const path = join(this.#folder, `part-${this.#nextFile++}`);
+    const fresh: Partial = {
+      owner: put.owner,
+      path,
+      handle: open(path, 'wx+', 0o600),
+      entries: new Map(),
+      parts: put.parts,
+      headerBytes: put.parts === 1 ? exactHeaderBytes(put.tensors) : HEADER_BYTES,
+      next: 0,
+      bytes: 0,
+      last: Promise.resolve(),
+    };
+    this.#partials.set(key, fresh);
+    return fresh;
+  }
+
+  async #append(
+    key: string,
+    partial: Partial,
+    put: PutPart,
+    isNeeded: (kind: FileKind, name: string) => boolean,
+  ): Promise<boolean> {
+    if (this.has(put.kind, put.digest)) return true;
+    if (this.#partials.get(key) !== partial) {
+      throw new UnetdError(
+        'ERR_BAD_REQUEST',
+        `An earlier part of ${put.digest} failed; begin again with part 0.`,
+      );
+    }
+    try {
+      if (put.part < partial.next) return false;
+      if (partial.parts !== put.parts || put.part !== partial.next) {
+        throw new UnetdError(
+          'ERR_BAD_REQUEST',
+          `Expected part ${partial.next} of ${partial.parts} of ${put.digest}, got part ${put.part} of ${put.parts}; send parts in order.`,
+        );
+      }
+      for (const tensor of put.tensors) {
+        await this.#reserve(tensor.data.byteLength, isNeeded);
+        await write(partial, tensor);
+      }
+      partial.next += 1;
+      if (partial.next < partial.parts) return false;
+      await this.#finish(key, partial, put);
+      return true;
+    } catch (error) {
+      await this.#abandon(key);
+      throw error;
+    }
+  }
+
+  /** Writes the header, checks the digest and gives the file its name. */
+  async #finish(key: string, partial: Partial, put: PutPart): Promise<void> {
+    const { headerBytes } = partial;
+    const json = Buffer.from(`{${[...partial.entries.values()].join(',')}}`);
+    if (json.byteLength > headerBytes) {
+      throw new UnetdError(
+        'ERR_TOO_LARGE',
+        `The header of ${put.digest} takes ${json.byteLength} bytes, at most ${headerBytes}.`,
+      );
+    }
+    const head = Buffer.alloc(LENGTH_BYTES + headerBytes, ' ');
+    head.writeBigUInt64LE(BigInt(headerBytes));
+    json.copy(head, LENGTH_BYTES);
+    await (await partial.handle).write(head, 0, head.byteLength, 0);
+    const actual = await digestOf(partial.path);
+    if (actual !== put.digest) {
+      throw new UnetdError(
+        'ERR_DIGEST_MISMATCH',
+        `The ${put.kind}'s ${partial.entries.size} tensors have the digest ${actual}, announced was ${put.digest}; upload them again.`,
+        { expected: put.digest, actual },
+      );
+    }
+    this.#partials.delete(key);
+    await (await partial.handle).close();
+    const path = join(this.#folder, `${put.kind}-${put.digest}.safetensors`);
+    await rename(partial.path, path);
+    const name = `${DIGEST_PREFIX}${put.digest}`;
+    const sizeBytes = LENGTH_BYTES + headerBytes + partial.bytes;
+    this.#files.set(`${put.kind}/${put.digest}`, { name, path, sizeBytes, version: put.digest.slice(0, 16) });
+  }
+
+  /** Makes room for more bytes. ERR_TOO_LARGE where what is needed fills the quota. */
+  async #reserve(bytes: number, isNeeded: (kind: FileKind, name: string) => boolean): Promise<void> {
+    for (const [key, file] of this.#files) {
+      if (this.bytes + bytes <= this.quotaBytes) return;
+      if (isNeeded(key.startsWith('model/') ? 'model' : 'lora', file.name)) continue;
+      this.#files.delete(key);
+      await rm(file.path, { force: true });
+    }
+    if (this.bytes + bytes <= this.quotaBytes) return;
+    throw new UnetdError(
+      'ERR_TOO_LARGE',
+      `Uploads hold ${this.bytes} bytes and may hold ${this.quotaBytes}: no room for ${bytes} more. Unload models, raise --upload-quota, or put the file into a folder of the server.`,
+      { heldBytes: this.bytes, quotaBytes: this.quotaBytes },
+    );
+  }
+
+  async #abandon(key: string): Promise<void> {
+    const partial = this.#partials.get(key);
+    if (partial === undefined) return;
+    this.#partials.delete(key);
+    await partial.handle.then((handle) => handle.close()).catch(() => {});
+    await rm(partial.path, { force: true });
+  }
+}
+
+async function write(partial: Partial, { name, dtype, shape, data }: TensorView): Promise<void> {
+  if (partial.entries.has(name)) {
+    throw new UnetdError('ERR_BAD_REQUEST', `Tensor "${name}" came in two parts of one upload; begin again.`);
+  }
+  const end = partial.bytes + data.byteLength;
+  partial.entries.set(name, headerEntry({ name, dtype, shape, data }, partial.bytes));
+  const handle = await partial.handle;
+  for (let done = 0; done < data.byteLength; ) {
+    const position = LENGTH_BYTES + partial.headerBytes + partial.bytes + done;
+    done += (await handle.write(data, done, data.byteLength - done, position)).bytesWritten;
+  }
+  partial.bytes = end;
+}
+
+function headerEntry({ name, dtype, shape, data }: TensorView, offset: number): string {
+  const entry = { dtype, shape, data_offsets: [offset, offset + data.byteLength] };
+  return `${JSON.stringify(name)}:${JSON.stringify(entry)}`;
+}
+
+/** What the header of these tensors takes, in order and padded to 8. */
+function exactHeaderBytes(tensors: readonly TensorView[]): number {
+  let offset = 0;
+  const entries = tensors.map((tensor) => {
+    const entry = headerEntry(tensor, offset);
+    offset += tensor.data.byteLength;
+    return entry;
+  });
+  return Math.ceil(Buffer.byteLength(`{${entries.join(',')}}`) / 8) * 8;
+}
+
+async function digestOf(path: string): Promise<string> {
+  const file = await SafetensorsFile.open(path);
+  try {
+    return await file.digest();
+  } finally {
+    await file.close();
+  }
+}
+
+/** The digest itself. ERR_BAD_REQUEST where it is none. */
+export function checkDigest(digest: string): string {
+  if (DIGEST.test(digest)) return digest;
+  throw new UnetdError(
+    'ERR_BAD_REQUEST',
+    `${JSON.stringify(digest.slice(0, 80))} is no digest: expected 64 lower-case hexadecimal digits (SHA-256).`,
+  );
+}

@@ -1,0 +1,277 @@
+/**
+ * The forward pass of a UNet as a plan: which layer reads what, in which order. Follows the reference implementation's
+ * `openaimodel.UNetModel` (Rombach et al. 2022, "latent-diffusion"). Pure: no GPU call, no weights' values.
+ */
+import type { Virtual } from '../gpu/kernel.ts';
+import type { PlanSpec } from '../gpu/plan.ts';
+import { toNchwOf } from '../kernels/elementwise.ts';
+import type { UNetConfig, UNetModule } from './config.ts';
+import { type Activation, Draft, type DraftOptions, storedChannels, tokensOf } from './draft.ts';
+
+type Res = Extract<UNetModule, { kind: 'res' }>;
+type Transformer = Extract<UNetModule, { kind: 'transformer' }>;
+
+/** Which control residuals come with a request: entry `length - 1 - b` belongs to block b, as in the reference's lists. */
+export interface ControlPattern {
+  readonly input?: readonly boolean[];
+  readonly middle?: readonly boolean[];
+  readonly output?: readonly boolean[];
+}
+
+/** Everything a plan depends on besides the model. */
+export interface UNetShape {
+  readonly images: number;
+  /** Latent pixels. */
+  readonly height: number;
+  readonly width: number;
+  readonly contextTokens: number;
+  readonly control: ControlPattern;
+}
+
+/** The tensors of a run. All feeds hold values of the storage dtype; `x` and residuals in NCHW. */
+export interface UNetPlan {
+  readonly spec: PlanSpec;
+  readonly feeds: {
+    readonly x: Virtual;
+    /** Sinusoidal embedding of the timesteps, [images, modelChannels]. */
+    readonly time: Virtual;
+    /** [images, contextTokens, stored contextDim] */
+    readonly context: Virtual;
+    /** [images, stored admChannels] */
+    readonly y: Virtual | undefined;
+    /** By name, e.g. `output.3`, the index being the position in the list. */
+    readonly control: ReadonlyMap<string, Virtual>;
+  };
+  /** [images, outChannels, height, width] in f32. */
+  readonly out: Virtual;
+  /** Outputs by LDM path: modules (`input_blocks.1.0`), blocks (`input_blocks.1`, `middle_block`), and `emb` after its SiLU. */
+  readonly points: ReadonlyMap<string, Activation>;
+  /** Rows per image of each layer a LoRA can address, by slot. */
+  readonly slotRows: ReadonlyMap<number, number>;
+}
+
+const RES_EPS = 1e-5;
+const TRANSFORMER_EPS = 1e-6;
+
+/** `capture` keeps the output of every block until the end of the run, for comparing with a reference. */
+export function planUNet(
+  config: UNetConfig,
+  shape: UNetShape,
+  options: Omit<DraftOptions, 'images'> & { readonly capture?: boolean },
+): UNetPlan {
+  return new UNetDrafter(config, shape, options).plan(options.capture ?? false);
+}
+
+class UNetDrafter {
+  readonly #config: UNetConfig;
+  readonly #shape: UNetShape;
+  readonly #draft: Draft;
+  readonly #points = new Map<string, Activation>();
+  readonly #control = new Map<string, Virtual>();
+  readonly #context: Virtual;
+  /** SiLU of the time (and label) embedding: what every ResBlock projects. */
+  #emb: Virtual | undefined;
+
+  constructor(config: UNetConfig, shape: UNetShape, options: Omit<DraftOptions, 'images'>) {
+    this.#config = config;
+    this.#shape = shape;
+    this.#draft = new Draft({ ...options, images: shape.images });
+    const { images, contextTokens } = shape;
+    this.#context = this.#draft.tensor('context', images * contextTokens * storedChannels(config.contextDim));
+  }
+
+  plan(capture: boolean): UNetPlan {
+    const { images, height, width } = this.#shape;
+    const draft = this.#draft;
+    const { inChannels, outChannels } = this.#config;
+    const x = draft.tensor('x', images * inChannels * height * width);
+    const { time, y } = this.#embed();
+    let h = draft.fromNchw('x', x, inChannels, height, width);
+    h = this.#blocks(h);
+    h = draft.conv3('out.2', draft.groupNorm('out.0', h, RES_EPS, true));
+    const out = draft.bytes('out', images * outChannels * height * width * 4);
+    const tokens = tokensOf(h);
+    draft.always(
+      toNchwOf({
+        label: 'out',
+        images,
+        tokens,
+        channels: outChannels,
+        storedChannels: h.channels,
+        x: h.tensor,
+        out,
+      }),
+    );
+    const captured = capture ? [...this.#points.values()].map((point) => point.tensor) : [];
+    const feeds = [x, time, this.#context, ...(y ? [y] : []), ...this.#control.values()];
+    return {
+      spec: {
+        label: `unet ${images}x${height}x${width}`,
+        storage: draft.storage,
+        steps: draft.steps,
+        feeds,
+        results: [out, ...captured],
+      },
+      feeds: { x, time, context: this.#context, y, control: this.#control },
+      out,
+      points: this.#points,
+      slotRows: draft.slotRows,
+    };
+  }
+
+  #embed(): { time: Virtual; y: Virtual | undefined } {
+    const draft = this.#draft;
+    const { images } = this.#shape;
+    const { modelChannels, timeEmbedDim, admChannels } = this.#config;
+    const time = draft.tensor('time', images * modelChannels);
+    let y: Virtual | undefined;
+    let label: Virtual | undefined;
+    if (admChannels !== null) {
+      y = draft.tensor('y', images * storedChannels(admChannels));
+      label = draft.layer('label_emb.0.2', draft.layer('label_emb.0.0', y, 1, { silu: true }), 1);
+    }
+    const hidden = draft.layer('time_embed.0', time, 1, { silu: true });
+    this.#emb = draft.layer('time_embed.2', hidden, 1, { add: label, silu: true });
+    this.#points.set('emb', { tensor: this.#emb, channels: timeEmbedDim, height: 1, width: 1 });
+    return { time, y };
+  }
+
+  #blocks(x: Activation): Activation {
+    const { input, middle, output } = this.#config;
+    const skips: Activation[] = [];
+    let h = x;
+    input.forEach((block, i) => {
+      for (const module of block) h = this.#module(module, h);
+      h = this.#residual('input', i, h);
+      this.#points.set(`input_blocks.${i}`, h);
+      skips.push(h);
+    });
+    for (const module of middle) h = this.#module(module, h);
+    h = this.#residual('middle', 0, h);
+    this.#points.set('middle_block', h);
+    output.forEach((block, i) => {
+      const popped = skips.pop();
+      if (!popped) throw new Error(`output_blocks.${i} has no skip`);
+      const skip = this.#residual('output', i, popped);
+      const next = skips.at(-1);
+      block.forEach((module, j) => {
+        h = this.#module(module, h, j === 0 ? skip : undefined, next);
+      });
+      this.#points.set(`output_blocks.${i}`, h);
+    });
+    return h;
+  }
+
+  /** `h` plus the control residual of block b, where the request has one. */
+  #residual(list: 'input' | 'middle' | 'output', b: number, h: Activation): Activation {
+    const pattern = this.#shape.control[list] ?? [];
+    const index = pattern.length - 1 - b;
+    if (!pattern[index]) return h;
+    const name = `${list}.${index}`;
+    const src = this.#draft.tensor(`control.${name}`, this.#shape.images * tokensOf(h) * h.channels);
+    this.#control.set(name, src);
+    return this.#draft.fromNchw(`control.${name}`, src, h.channels, h.height, h.width, h);
+  }
+
+  #module(module: UNetModule, h: Activation, skip?: Activation, next?: Activation): Activation {
+    const out = this.#compute(module, h, skip, next);
+    this.#points.set(module.id, out);
+    return out;
+  }
+
+  /** `skip` is concatenated behind `h` (first module of an output block); `next` gives the size to upsample to. */
+  #compute(module: UNetModule, h: Activation, skip?: Activation, next?: Activation): Activation {
+    switch (module.kind) {
+      case 'conv':
+        return this.#draft.conv3(module.id, h);
+      case 'res':
+        return this.#res(module, h, skip);
+      case 'transformer':
+        return this.#transformer(module, h);
+      case 'down':
+        return this.#draft.conv3(`${module.id}.op`, h, { stride: 2 });
+      case 'up': {
+        const scaleTo = next ? ([next.height, next.width] as const) : ([h.height * 2, h.width * 2] as const);
+        return this.#draft.conv3(`${module.id}.conv`, h, { scaleTo });
+      }
+    }
+  }
+
+  #res({ id, inChannels, outChannels }: Res, x: Activation, skip: Activation | undefined): Activation {
+    const draft = this.#draft;
+    const normed = draft.groupNorm(`${id}.in_layers.0`, x, RES_EPS, true, skip);
+    const emb = draft.layer(`${id}.emb_layers.1`, this.#emb!, 1);
+    const hidden = draft.conv3(`${id}.in_layers.2`, normed, { add: emb, addPerImage: true });
+    let straight = x.tensor;
+    if (inChannels !== outChannels) {
+      const rows = skip
+        ? ({ kind: 'concat', x2: skip.tensor, splitChannels: x.channels } as const)
+        : ({ kind: 'linear' } as const);
+      straight = draft.layer(`${id}.skip_connection`, x.tensor, tokensOf(x), { rows });
+    } else if (skip) throw new Error(`${id} concatenates a skip but has no skip_connection`);
+    const h = draft.groupNorm(`${id}.out_layers.0`, hidden, RES_EPS, true);
+    return draft.conv3(`${id}.out_layers.3`, h, { add: straight });
+  }
+
+  #transformer(module: Transformer, x: Activation): Activation {
+    const { id, depth } = module;
+    const draft = this.#draft;
+    const tokens = tokensOf(x);
+    const like = (tensor: Virtual): Activation => ({ ...x, tensor });
+    let h = like(
+      draft.layer(`${id}.proj_in`, draft.groupNorm(`${id}.norm`, x, TRANSFORMER_EPS, false).tensor, tokens),
+    );
+    for (let i = 0; i < depth; i++) {
+      const block = `${id}.transformer_blocks.${i}`;
+      const normed = draft.layerNorm(`${block}.norm1`, h).tensor;
+      h = like(this.#attend(module, `${block}.attn1`, h, normed, normed, tokens));
+      const queries = draft.layerNorm(`${block}.norm2`, h).tensor;
+      h = like(this.#attend(module, `${block}.attn2`, h, queries, this.#context, this.#shape.contextTokens));
+      const inner = draft.layer(
+        `${block}.ff.net.0.proj`,
+        draft.layerNorm(`${block}.norm3`, h).tensor,
+        tokens,
+      );
+      const gated = draft.geglu(`${block}.ff.net.0`, inner, tokens, x.channels * 4);
+      h = like(draft.layer(`${block}.ff.net.2`, gated, tokens, { add: h.tensor }));
+    }
+    return like(draft.layer(`${id}.proj_out`, h.tensor, tokens, { add: x.tensor }));
+  }
+
+  /** residual + to_out(attention(to_q(x), to_k(context), to_v(context))) */
+  #attend(
+    { heads, headDim }: Transformer,
+    id: string,
+    residual: Activation,
+    x: Virtual,
+    context: Virtual,
+    keys: number,
+  ): Virtual {
+    const draft = this.#draft;
+    const queries = tokensOf(residual);
+    const q = draft.layer(`${id}.to_q`, x, queries);
+    const k = draft.layer(`${id}.to_k`, context, keys);
+    const v = draft.layer(`${id}.to_v`, context, keys);
+    const attended = draft.attention(id, heads, headDim, queries, keys, q, k, v);
+    return draft.layer(`${id}.to_out.0`, attended, queries, { add: residual.tensor });
+  }
+}
+
+/**
+ * Sinusoidal embedding of timesteps, [count, dim]: cosines then sines of t * 10000^(-i / (dim / 2)) (Vaswani et al. 2017,
+ * in the order latent-diffusion uses). On the CPU in f64: a few hundred numbers, and shader cosines of large angles are
+ * allowed to be coarse.
+ */
+export function timestepEmbedding(timesteps: Float32Array, dim: number): Float32Array {
+  const half = Math.floor(dim / 2);
+  const out = new Float32Array(timesteps.length * dim);
+  timesteps.forEach((t, n) => {
+    for (let i = 0; i < half; i++) {
+      // Frequency and angle are rounded to f32 as the reference does; at t = 999 that moves the angle by 3e-5.
+      const angle = Math.fround(t * Math.fround(Math.exp((-Math.log(10000) * i) / half)));
+      out[n * dim + i] = Math.cos(angle);
+      out[n * dim + half + i] = Math.sin(angle);
+    }
+  });
+  return out;
+}

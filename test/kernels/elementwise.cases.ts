@@ -1,0 +1,148 @@
+/** Cases of `geglu`, `from_nchw` and `to_nchw`: odd token counts, padded channels, a residual, large gates. */
+import type { Storage } from '../../src/gpu/kernel.ts';
+import { fromNchw, fromNchwOf, geglu, gegluOf, toNchw, toNchwOf } from '../../src/kernels/elementwise.ts';
+import { type Built, type Case, random, stored, tolerance } from './case.ts';
+
+export interface GegluShape {
+  readonly name: string;
+  readonly rows: number;
+  readonly inner: number;
+  /** Largest gate. */
+  readonly gates?: number;
+}
+
+/** erf to f64 accuracy: its Maclaurin series below 3, a continued fraction of erfc above (both of DLMF chapter 7). */
+export function erf(v: number): number {
+  const a = Math.abs(v);
+  let result: number;
+  if (a < 3) {
+    let term = a;
+    let sum = a;
+    for (let n = 1; n < 80; n++) {
+      term *= (-a * a) / n;
+      sum += term / (2 * n + 1);
+    }
+    result = (2 / Math.sqrt(Math.PI)) * sum;
+  } else {
+    let fraction = a;
+    for (let n = 60; n > 0; n--) fraction = a + n / 2 / fraction;
+    result = 1 - Math.exp(-a * a) / (Math.sqrt(Math.PI) * fraction);
+  }
+  return v < 0 ? -result : result;
+}
+
+function buildGeglu({ name, rows, inner, gates = 4 }: GegluShape, storage: Storage): Built {
+  const size = random(`${name} x`, rows * 2 * inner);
+  const x = stored(
+    size.map((v, i) => (i % (2 * inner) < inner ? v : v * gates)),
+    storage,
+  );
+  const expected = (): Float64Array =>
+    new Float64Array(rows * inner).map((_, i) => {
+      const at = Math.floor(i / inner) * 2 * inner + (i % inner);
+      const gate = x[at + inner]!;
+      return x[at]! * gate * 0.5 * (1 + erf(gate * Math.SQRT1_2));
+    });
+  return {
+    inputs: { x: { as: 'quad', values: x } },
+    outputs: {
+      // The approximation of erf is off by up to 1.5e-7 in absolute terms.
+      out: { as: 'quad', count: rows * inner, expected, tolerance: tolerance('quad', storage, 8, 1.5e-7) },
+    },
+    bytes: 3 * rows * inner * (storage === 'f16' ? 2 : 4),
+    dispatches: (o) => [gegluOf({ label: name, rows, inner, x: o['x']!, out: o['out']! })],
+  };
+}
+
+export const gegluCase = (shape: GegluShape): Case => ({
+  name: shape.name,
+  kernel: geglu,
+  build: (storage) => buildGeglu(shape, storage),
+});
+
+export interface LayoutShape {
+  readonly name: string;
+  readonly images: number;
+  readonly tokens: number;
+  readonly channels: number;
+  readonly storedChannels: number;
+  readonly add?: boolean;
+}
+
+function buildFrom(shape: LayoutShape, storage: Storage): Built {
+  const { name, images, tokens, channels, storedChannels } = shape;
+  const src = stored(random(`${name} src`, images * channels * tokens), storage);
+  const count = images * tokens * storedChannels;
+  const add = shape.add ? stored(random(`${name} add`, count), storage) : undefined;
+  // The kernel reads whole quads: clients' tensors are padded to one.
+  const padded = new Float32Array(Math.ceil(src.length / 4) * 4);
+  padded.set(src);
+  const expected = (): Float64Array =>
+    new Float64Array(count).map((_, i) => {
+      const c = i % storedChannels;
+      const token = Math.floor(i / storedChannels) % tokens;
+      const image = Math.floor(i / storedChannels / tokens);
+      return (add?.[i] ?? 0) + (c < channels ? src[(image * channels + c) * tokens + token]! : 0);
+    });
+  return {
+    inputs: {
+      src: { as: 'quad', values: padded },
+      ...(add ? { add: { as: 'quad', values: add } as const } : {}),
+    },
+    outputs: { out: { as: 'quad', count, expected, tolerance: tolerance('quad', storage, 1) } },
+    bytes: (src.length + count) * (storage === 'f16' ? 2 : 4),
+    dispatches: (o) => [
+      fromNchwOf({
+        ...shape,
+        label: name,
+        src: o['src']!,
+        ...(shape.add ? { add: o['add']! } : {}),
+        out: o['out']!,
+      } as Parameters<typeof fromNchwOf>[0]),
+    ],
+  };
+}
+
+function buildTo(shape: LayoutShape, storage: Storage): Built {
+  const { name, images, tokens, channels, storedChannels } = shape;
+  const x = stored(random(`${name} x`, images * tokens * storedChannels), storage);
+  const count = images * channels * tokens;
+  const expected = (): Float64Array =>
+    new Float64Array(count).map((_, i) => {
+      const token = i % tokens;
+      const c = Math.floor(i / tokens) % channels;
+      const image = Math.floor(i / tokens / channels);
+      return x[(image * tokens + token) * storedChannels + c]!;
+    });
+  return {
+    inputs: { x: { as: 'quad', values: x } },
+    // Values move unchanged.
+    outputs: { out: { as: 'f32', count, expected, tolerance: { norm: 0, max: 0 } } },
+    bytes: x.length * (storage === 'f16' ? 2 : 4) + count * 4,
+    dispatches: (o) => [
+      toNchwOf({ label: name, images, tokens, channels, storedChannels, x: o['x']!, out: o['out']! }),
+    ],
+  };
+}
+
+const LAYOUTS: readonly LayoutShape[] = [
+  { name: 'one token', images: 1, tokens: 1, channels: 4, storedChannels: 8 },
+  { name: 'padded channels in two images', images: 2, tokens: 63, channels: 9, storedChannels: 16 },
+  { name: 'an odd number of tokens and channels', images: 3, tokens: 65, channels: 3, storedChannels: 8 },
+  { name: 'no padding', images: 2, tokens: 64, channels: 8, storedChannels: 8 },
+];
+
+export const CASES: readonly Case[] = [
+  ...[
+    { name: 'one row', rows: 1, inner: 4 },
+    { name: 'rows and columns past the workgroup', rows: 5, inner: 68 },
+    { name: 'large gates', rows: 3, inner: 64, gates: 40 },
+    { name: 'a prime number of rows', rows: 37, inner: 160 },
+  ].map(gegluCase),
+  ...[...LAYOUTS, ...LAYOUTS.map((l) => ({ ...l, name: `${l.name} with a residual`, add: true }))].map(
+    (shape): Case => ({ name: shape.name, kernel: fromNchw, build: (storage) => buildFrom(shape, storage) }),
+  ),
+  ...LAYOUTS.map(
+    (shape): Case => ({ name: shape.name, kernel: toNchw, build: (storage) => buildTo(shape, storage) }),
+  ),
+];

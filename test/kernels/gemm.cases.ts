@@ -1,0 +1,311 @@
+/**
+ * Cases of `gemm`: linear, concatenated and convolved rows, every epilogue, split panels, and low-rank terms whose T
+ * `lora_down` makes in the case itself. Tolerances follow the accumulation length (see case.ts).
+ */
+import type { Operand, Storage } from '../../src/gpu/kernel.ts';
+import { type GemmArgs, gemm, gemmOf, loraDownOf, PANEL, type Rows } from '../../src/kernels/gemm.ts';
+import { type Built, type Case, type Input, type Output, random, stored, tolerance } from './case.ts';
+import { beside, type ConvShape, outSide, panelsOf, product, silu, unfold } from './gemm_reference.ts';
+import { type LoraData, type LoraShape, loraData } from './lora_tables.ts';
+
+export interface GemmShape {
+  readonly name: string;
+  readonly images?: number;
+  /** Rows of an image; a convolution knows its own. */
+  readonly m?: number;
+  readonly channels: number;
+  readonly n: number;
+  readonly split?: number;
+  readonly conv?: ConvShape;
+  readonly bias?: boolean;
+  readonly add?: 'row' | 'image';
+  readonly silu?: boolean;
+  /** Panels of a first weight buffer; the rest lie in a second one. */
+  readonly splitPanels?: number;
+  readonly lora?: readonly (readonly LoraShape[])[];
+}
+
+const SLOT = 2;
+
+interface Data {
+  readonly images: number;
+  readonly m: number;
+  readonly k: number;
+  readonly x: Float32Array;
+  readonly x2: Float32Array | undefined;
+  readonly w: Float32Array;
+  readonly bias: Float32Array | undefined;
+  readonly add: Float32Array | undefined;
+  readonly lora: LoraData | undefined;
+}
+
+export function gemmData(shape: GemmShape, storage: Storage): Data {
+  const { name, channels, n, conv, split } = shape;
+  const images = shape.images ?? 1;
+  const m = conv ? outSide(conv.inHeight, conv.stride) * outSide(conv.inWidth, conv.stride) : (shape.m ?? 1);
+  const rows = conv ? conv.srcHeight * conv.srcWidth : m;
+  const k = (conv ? 9 : 1) * channels;
+  const tensor = (what: string, count: number, size = 1): Float32Array =>
+    stored(random(`${name} ${what}`, count, -size, size), storage);
+  return {
+    images,
+    m,
+    k,
+    x: tensor('x', images * rows * (split ?? channels)),
+    x2: split ? tensor('x2', images * rows * (channels - split)) : undefined,
+    w: tensor('w', n * k, 2 / Math.sqrt(k)),
+    bias: shape.bias ? random(`${name} bias`, n) : undefined,
+    add: shape.add ? tensor('add', images * (shape.add === 'row' ? m : 1) * n) : undefined,
+    lora: shape.lora ? loraData(name, shape.lora, { k, n, slot: SLOT }, storage) : undefined,
+  };
+}
+
+/** A [image, m, k] in f64. */
+export function rowsOfA(shape: GemmShape, data: Data): Float64Array {
+  if (shape.conv) return unfold(data.x, data.images, shape.channels, shape.conv);
+  if (data.x2) return beside(data.x, data.x2, data.images * data.m, shape.channels, shape.split ?? 0);
+  return Float64Array.from(data.x);
+}
+
+function reference(shape: GemmShape, data: Data): Float64Array {
+  const { images, m, k, lora, bias, add } = data;
+  const { n } = shape;
+  const a = rowsOfA(shape, data);
+  const out = product(a, data.w, images * m, n, k);
+  for (let image = 0; image < images; image++) {
+    const rows = a.subarray(image * m * k, (image + 1) * m * k);
+    for (const { rank, scale, down, up } of lora?.stacks[image] ?? []) {
+      const t = product(rows, down, m, rank, k);
+      const delta = product(t, up, m, n, rank);
+      for (let i = 0; i < m * n; i++) out[image * m * n + i]! += scale * delta[i]!;
+    }
+  }
+  return out.map((value, i) => {
+    const image = Math.floor(i / (m * n));
+    let v = value + (bias?.[i % n] ?? 0);
+    if (add) v += add[shape.add === 'row' ? i : image * n + (i % n)]!;
+    return shape.silu ? silu(v) : v;
+  });
+}
+
+function rowsOf(shape: GemmShape, x2: Operand | undefined): Rows {
+  const { conv } = shape;
+  if (conv) return { kind: 'conv3', ...conv, outWidth: outSide(conv.inWidth, conv.stride) };
+  return x2 ? { kind: 'concat', x2, splitChannels: shape.split ?? 0 } : { kind: 'linear' };
+}
+
+/** The arguments of both kernels of the family, from a case's operands. */
+export function gemmArgs(
+  shape: GemmShape,
+  data: Pick<Data, 'images' | 'm'>,
+  operands: Readonly<Record<string, Operand>>,
+): GemmArgs {
+  return {
+    label: shape.name,
+    images: data.images,
+    m: data.m,
+    channels: shape.channels,
+    n: shape.n,
+    rows: rowsOf(shape, operands['x2']),
+    x: operands['x']!,
+    out: operands['out']!,
+    w: operands['w']!,
+    bias: operands['bias'],
+    add: operands['add'],
+    addPerImage: shape.add === 'image',
+    silu: shape.silu,
+  };
+}
+
+export function gemmInputs(shape: GemmShape, data: Data): Record<string, Input> {
+  const inputs: Record<string, Input> = { x: { as: 'quad', values: data.x } };
+  const panels = panelsOf(data.w, shape.n, data.k, PANEL);
+  const cut = (shape.splitPanels ?? 0) * data.k * PANEL;
+  inputs['w'] = { as: 'quad', values: cut ? panels.subarray(0, cut) : panels, resident: true };
+  if (cut) inputs['w1'] = { as: 'quad', values: panels.subarray(cut), resident: true };
+  if (data.x2) inputs['x2'] = { as: 'quad', values: data.x2 };
+  if (data.bias) inputs['bias'] = { as: 'f32', values: data.bias, resident: true };
+  if (data.add) inputs['add'] = { as: 'quad', values: data.add };
+  if (data.lora) {
+    inputs['pool'] = { as: 'quad', values: data.lora.pool, resident: true };
+    inputs['table'] = { as: 'words', values: data.lora.table, resident: true };
+  }
+  return inputs;
+}
+
+function build(shape: GemmShape, storage: Storage): Built {
+  const data = gemmData(shape, storage);
+  const { images, m, k, lora } = data;
+  const outputs: Record<string, Output> = {
+    out: {
+      as: 'quad',
+      count: images * m * shape.n,
+      expected: () => reference(shape, data),
+      tolerance: tolerance('quad', storage, k + 64),
+    },
+  };
+  if (lora) outputs['t'] = { as: 'f32', count: lora.totalBlocks * m * 8 };
+  const elements = data.x.length + (data.x2?.length ?? 0) + data.w.length + images * m * shape.n;
+  return {
+    inputs: gemmInputs(shape, data),
+    outputs,
+    bytes: elements * (storage === 'f16' ? 2 : 4),
+    dispatches: (operands, capabilities, variant) => {
+      const args = gemmArgs(shape, data, operands);
+      if (lora) {
+        const { pool, table, t } = operands;
+        const where = { slot: SLOT, pool: pool!, table: table!, t: t! };
+        const down = loraDownOf(args, where);
+        return [
+          { ...down, grid: [lora.longest, down.grid[1], down.grid[2]] },
+          gemmOf(args, capabilities, where, variant),
+        ];
+      }
+      const first = shape.splitPanels;
+      if (!first) return [gemmOf(args, capabilities, undefined, variant)];
+      const rest = Math.ceil(shape.n / PANEL) - first;
+      return [
+        gemmOf({ ...args, panels: first }, capabilities, undefined, variant),
+        gemmOf(
+          { ...args, w: operands['w1']!, panel0: first, panels: rest },
+          capabilities,
+          undefined,
+          variant,
+        ),
+      ];
+    },
+  };
+}
+
+export const gemmCase = (shape: GemmShape): Case => ({
+  name: shape.name,
+  kernel: gemm,
+  build: (storage) => build(shape, storage),
+});
+
+const image = (height: number, width: number, stride: 1 | 2 = 1): ConvShape => ({
+  srcHeight: height,
+  srcWidth: width,
+  inHeight: height,
+  inWidth: width,
+  stride,
+});
+
+const scaled = (from: readonly [number, number], to: readonly [number, number]): ConvShape => ({
+  srcHeight: from[0],
+  srcWidth: from[1],
+  inHeight: to[0],
+  inWidth: to[1],
+  stride: 1,
+});
+
+/** Images without a stack, with one, with two of different ranks; ranks below, at and above a block. */
+const STACKS: readonly (readonly LoraShape[])[] = [
+  [{ rank: 4, scale: 0.75 }],
+  [],
+  [
+    { rank: 8, scale: -0.5 },
+    { rank: 17, scale: 1.25 },
+  ],
+];
+
+export const GEMM_SHAPES: readonly GemmShape[] = [
+  { name: 'one row', m: 1, channels: 8, n: 4 },
+  { name: 'rows one under the tile', m: 63, channels: 24, n: 28, bias: true },
+  { name: 'rows of a whole tile', m: 64, channels: 64, n: 64, bias: true, add: 'row' },
+  { name: 'rows one over the tile', m: 65, channels: 40, n: 36, add: 'row' },
+  {
+    name: 'a prime number of rows in two images',
+    images: 2,
+    m: 37,
+    channels: 320,
+    n: 100,
+    bias: true,
+    silu: true,
+  },
+  { name: 'an add per image', images: 3, m: 5, channels: 16, n: 44, bias: true, add: 'image', silu: true },
+  { name: 'an add per image without an activation', images: 2, m: 9, channels: 8, n: 96, add: 'image' },
+  {
+    name: 'panels in two weight buffers',
+    m: 70,
+    channels: 48,
+    n: 132,
+    bias: true,
+    add: 'row',
+    splitPanels: 3,
+  },
+  { name: 'an odd number of panels first', images: 2, m: 9, channels: 16, n: 128, splitPanels: 1 },
+  { name: 'a long sum', m: 3, channels: 5120, n: 32 },
+  { name: 'two tensors side by side', images: 2, m: 33, channels: 48, n: 40, split: 32, bias: true },
+  { name: 'two tensors of odd quads side by side', m: 66, channels: 24, n: 32, split: 12, silu: true },
+  { name: 'a convolution of one pixel', channels: 8, n: 8, conv: image(1, 1) },
+  {
+    name: 'a convolution of two images',
+    images: 2,
+    channels: 16,
+    n: 36,
+    conv: image(9, 7),
+    bias: true,
+    add: 'image',
+    silu: true,
+  },
+  { name: 'a convolution with a residual', channels: 8, n: 32, conv: image(8, 8), bias: true, add: 'row' },
+  { name: 'a convolution of stride 2', images: 2, channels: 8, n: 12, conv: image(8, 6, 2), bias: true },
+  { name: 'a convolution of stride 2 over odd sides', channels: 24, n: 32, conv: image(9, 5, 2) },
+  {
+    name: 'a convolution of the image scaled up twice',
+    channels: 8,
+    n: 20,
+    conv: scaled([4, 5], [8, 10]),
+    bias: true,
+  },
+  {
+    name: 'a convolution of the image scaled up to odd sides',
+    images: 2,
+    channels: 16,
+    n: 32,
+    conv: scaled([5, 3], [9, 6]),
+  },
+  {
+    name: 'low-rank terms that differ by image',
+    images: 3,
+    m: 19,
+    channels: 32,
+    n: 68,
+    lora: STACKS,
+    bias: true,
+    add: 'row',
+  },
+  {
+    name: 'low-rank terms over more rows than a tile',
+    images: 3,
+    m: 71,
+    channels: 16,
+    n: 36,
+    lora: STACKS,
+    silu: true,
+  },
+  {
+    name: 'low-rank terms beside two tensors',
+    images: 3,
+    m: 9,
+    channels: 24,
+    n: 32,
+    split: 8,
+    lora: STACKS,
+    bias: true,
+  },
+  {
+    name: 'low-rank terms of a convolution',
+    images: 3,
+    channels: 8,
+    n: 32,
+    conv: image(5, 5, 2),
+    lora: STACKS,
+    bias: true,
+    add: 'image',
+  },
+  { name: 'low-rank terms of no image', images: 2, m: 5, channels: 8, n: 8, lora: [[], []] },
+];
+
+export const CASES: readonly Case[] = GEMM_SHAPES.map(gemmCase);

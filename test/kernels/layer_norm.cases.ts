@@ -1,0 +1,58 @@
+/** Cases of `layer_norm`: rows around the workgroup's number, widths around its lanes, values far from zero. */
+import type { Storage } from '../../src/gpu/kernel.ts';
+import { layerNorm, layerNormOf } from '../../src/kernels/norm.ts';
+import { type Built, type Case, random, stored, tolerance } from './case.ts';
+import { layerNormRows } from './norm_reference.ts';
+
+export interface LayerNormShape {
+  readonly name: string;
+  readonly rows: number;
+  readonly channels: number;
+  /** Added to every value of x. */
+  readonly offset?: number;
+}
+
+const EPS = 1e-5;
+
+function build({ name, rows, channels, offset = 0 }: LayerNormShape, storage: Storage): Built {
+  const x = stored(random(`${name} x`, rows * channels, offset - 1, offset + 1), storage);
+  const gamma = random(`${name} gamma`, channels, 0.5, 1.5);
+  const beta = random(`${name} beta`, channels);
+  // The mean is rounded at the size of the offset, and all of its row is off by that.
+  const slack = (4 * 2 ** -24 * Math.abs(offset)) / 0.58;
+  return {
+    inputs: {
+      x: { as: 'quad', values: x },
+      gamma: { as: 'f32', values: gamma, resident: true },
+      beta: { as: 'f32', values: beta, resident: true },
+    },
+    outputs: {
+      out: {
+        as: 'quad',
+        count: x.length,
+        expected: () => layerNormRows(x, channels, gamma, beta, EPS),
+        tolerance: tolerance('quad', storage, channels, slack),
+      },
+    },
+    bytes: 2 * x.length * (storage === 'f16' ? 2 : 4),
+    dispatches: ({ x, gamma, beta, out }, capabilities, variant) => [
+      layerNormOf(
+        { label: name, rows, channels, eps: EPS, x: x!, gamma: gamma!, beta: beta!, out: out! },
+        capabilities,
+        variant,
+      ),
+    ],
+  };
+}
+
+export const layerNormCase = (shape: LayerNormShape): Case => ({
+  name: shape.name,
+  kernel: layerNorm,
+  build: (storage) => build(shape, storage),
+});
+
+export const CASES: readonly Case[] = [
+  ...[1, 3, 4, 5, 63, 64, 65].map((rows) => ({ name: `${rows} rows`, rows, channels: 72 })),
+  ...[4, 60, 64, 68, 1280].map((channels) => ({ name: `${channels} channels`, rows: 7, channels })),
+  { name: 'an offset of 1000', rows: 5, channels: 320, offset: 1000 },
+].map(layerNormCase);
