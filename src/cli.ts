@@ -8,6 +8,7 @@ import { EngineProcess } from './engine/process.ts';
 import { UnetdError } from './errors.ts';
 import { SafetensorsFile } from './safetensors.ts';
 import { type FoundFile, listFiles, openFolders } from './server/folders.ts';
+import { checkListen } from './server/guard.ts';
 import { createLog, LOG_LEVELS, type Logger, type LogLevel } from './server/log.ts';
 import type { DtypeChoice } from './server/protocol.ts';
 import { DEFAULTS, type RunningServer, serve, serverName } from './server/serve.ts';
@@ -72,6 +73,9 @@ function size(value: number): string {
 
 async function runServe(flags: ServeFlags): Promise<void> {
   const log = createLog(flags.logLevel);
+  // What can be refused at once should not wait for the GPU.
+  checkListen(flags.host, flags.token);
+  await openFolders(flags.models, flags.loras);
   const engine = await EngineProcess.start({
     engine: {
       maxBatch: flags.maxBatch,
@@ -79,6 +83,7 @@ async function runServe(flags: ServeFlags): Promise<void> {
       ...(flags.memoryBudget === undefined ? {} : { memoryBudgetBytes: flags.memoryBudget }),
     },
     log: (line) => log.warn(line),
+    output: (line) => log.info({ from: 'engine' }, line),
     ...(flags.engineModule === undefined ? {} : { module: flags.engineModule }),
   });
   let server: RunningServer;

@@ -108,8 +108,8 @@ export class Connection {
   async request(op: Operation, fields: JsonObject, options: RequestOptions = {}): Promise<Message> {
     const { signal, tensors } = options;
     // A cancel must not wait behind what it cancels: one place of the window is left to it.
-    if (op !== 'cancel') await this.#place(signal);
-    this.#open += 1;
+    if (op === 'cancel') this.#open += 1;
+    else await this.#place(signal);
     let id: string | undefined;
     const onAbort = (): void => {
       if (id !== undefined) this.request('cancel', { target: id }).catch(() => {});
@@ -152,7 +152,7 @@ export class Connection {
     return answer.finally(() => this.#pending.delete(id));
   }
 
-  /** Resolves when the server's window has room. */
+  /** Takes a place in the server's window, as soon as it has room. */
   async #place(signal: AbortSignal | undefined): Promise<void> {
     const window = Math.max(1, this.hello.limits.maxInFlight - 1);
     while (this.#open >= window && this.#ended === null && !signal?.aborted) {
@@ -165,6 +165,8 @@ export class Connection {
       this.#waiting.delete(wake);
       signal?.removeEventListener('abort', wake);
     }
+    // Without a pause after the check, or two callers would take the same place.
+    this.#open += 1;
   }
 
   #wake(): void {

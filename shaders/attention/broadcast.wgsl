@@ -24,8 +24,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   for (var i = 0u; i < QUERIES; i++) { top[i] = -3.0e38; }
 
   for (var j = 0u; j < p.keys; j += 32u) {
-    var s: array<vec4f, QUERIES>;
-    var at: array<u32, 4>;
+    // Spelled out: Dawn 0.6.2 zeroes a `var` without initializer once per function, not once per iteration.
+    var s = array<vec4f, QUERIES>();
+    var at = array<u32, 4>();
     for (var n = 0u; n < 4u; n++) { at[n] = kBase + min(j + n * 8u + lane, p.keys - 1u) * p.rowQuads; }
     for (var d = 0u; d < HEAD_QUADS; d++) {
       let a = dec(q[qBase + d]);

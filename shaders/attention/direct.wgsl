@@ -17,7 +17,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   var top = -3.0e38;
   var total = 0.0;
   for (var j = 0u; j < p.keys; j += KEYS) {
-    var s: array<f32, KEYS>;
+    var s = array<f32, KEYS>();
     var high = top;
     for (var n = 0u; n < KEYS; n++) {
       let base = kBase + min(j + n, p.keys - 1u) * p.rowQuads;

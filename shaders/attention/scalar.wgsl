@@ -19,7 +19,8 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     if (head >= width) { return; }
     let qBase = (id.z * p.queries + id.x) * width + head;
     let kBase = id.z * p.keys * width + head;
-    var sum: array<f32, HEAD_DIM>;
+    // Spelled out: Dawn 0.6.2 zeroes a `var` without initializer once per function, not once per iteration.
+    var sum = array<f32, HEAD_DIM>();
     var top = -3.0e38;
     var total = 0.0;
     for (var j = 0u; j < p.keys; j++) {

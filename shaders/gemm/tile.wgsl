@@ -9,7 +9,7 @@ var<workgroup> tileB: array<vec4f, 128>;
 
 fn accumulate(acc: ptr<function, array<array<vec4f, 2>, 8>>, ty: u32, tx: u32) {
   for (var q = 0u; q < 2u; q++) {
-    var a: array<vec4f, 8>;
+    var a = array<vec4f, 8>();
     for (var r = 0u; r < 8u; r++) { a[r] = tileA[(ty * 8u + r) * 2u + q]; }
     for (var c = 0u; c < 4u; c++) {
       let b0 = tileB[(q * 4u + c) * 16u + tx];

@@ -13,7 +13,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   let shift = affine[(image * 2u + 1u) * p.quads + quad];
   for (var t = id.y * ROWS; t < min((id.y + 1u) * ROWS, p.tokens); t++) {
     let row = image * p.tokens + t;
-    var v: vec4f;
+    var v = vec4f();
     if (HAS_x2 && quad >= p.split) {
       v = dec(x2[row * (p.quads - p.split) + quad - p.split]);
     } else {

@@ -18,12 +18,16 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   if (group >= p.groups) { return; }
   let image = id.y;
   let first = group * p.groupChannels;
+  // Summed as distances from the first mean: a large common offset costs no digits.
+  let origin = momentAt(image, 0u, 0u, first);
   var sum = 0.0;
   for (var chunk = 0u; chunk < p.chunks; chunk++) {
-    for (var c = first; c < first + p.groupChannels; c++) { sum += momentAt(image, chunk, 0u, c) * tokensOf(chunk); }
+    for (var c = first; c < first + p.groupChannels; c++) {
+      sum += (momentAt(image, chunk, 0u, c) - origin) * tokensOf(chunk);
+    }
   }
   let count = f32(p.tokens) * f32(p.groupChannels);
-  let mean = sum / count;
+  let mean = origin + sum / count;
   var m2 = 0.0;
   for (var chunk = 0u; chunk < p.chunks; chunk++) {
     for (var c = first; c < first + p.groupChannels; c++) {

@@ -18,9 +18,11 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   let image = id.z;
   let first = chunk * p.chunkTokens;
   let last = min(first + p.chunkTokens, p.tokens);
+  // Summed as distances from the first token: a large common offset costs no digits.
+  let origin = at(image, first, quad);
   var sum = vec4f(0.0);
-  for (var t = first; t < last; t++) { sum += at(image, t, quad); }
-  let mean = sum / f32(last - first);
+  for (var t = first; t < last; t++) { sum += at(image, t, quad) - origin; }
+  let mean = origin + sum / f32(last - first);
   var m2 = vec4f(0.0);
   for (var t = first; t < last; t++) {
     let d = at(image, t, quad) - mean;

@@ -14,8 +14,8 @@ export interface ChildOptions {
   readonly engine?: EngineOptions;
   /** File URL of the module that exports `Engine`; this package's own unless told. */
   readonly module?: string;
-  /** Takes one line of what the process prints, or of what happens to it. */
-  readonly log?: (line: string) => void;
+  /** Takes each line that the process prints. */
+  readonly output?: (line: string) => void;
 }
 
 interface Pending {
@@ -52,7 +52,7 @@ export class Child {
   }
 
   /** Rejects with the engine's own error where it could not be made, ERR_ENGINE_DOWN where the process ended before that. */
-  static async start({ engine, module, log }: ChildOptions): Promise<Child> {
+  static async start({ engine, module, output }: ChildOptions): Promise<Child> {
     const child = fork(new URL(`./child${extension()}`, import.meta.url), [module ?? ownEngine()], {
       serialization: 'advanced',
       execArgv: extension() === '.ts' ? ['--import', tsx()] : [],
@@ -63,7 +63,7 @@ export class Child {
       stream?.setEncoding('utf8');
       stream?.on('data', (chunk: string) => {
         words = (words + chunk).slice(-LAST_WORDS);
-        for (const line of chunk.split('\n')) if (line.trim() !== '') log?.(line);
+        for (const line of chunk.split('\n')) if (line.trim() !== '') output?.(line);
       });
     }
     const exited = new Promise<string>((resolve) => {

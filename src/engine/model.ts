@@ -8,13 +8,14 @@ import { type Device, Usage } from '../gpu/device.ts';
 import { ceilDiv, type Resident, type Storage } from '../gpu/kernel.ts';
 import { Plan, type Timing } from '../gpu/plan.ts';
 import type { LoraOperands } from '../kernels/gemm.ts';
-import type { Adapter } from '../lora/adapter.ts';
-import { AdapterPool, type PlacedAdapter } from '../lora/pool.ts';
+import { AdapterPool } from '../lora/pool.ts';
+import { AdapterRegistry, type Lease } from '../lora/registry.ts';
 import { type LoraTable, loraTable, type StackEntry } from '../lora/table.ts';
 import type { Layer, UNetConfig } from '../unet/config.ts';
 import { layersOf } from '../unet/layers.ts';
 import { planUNet, type UNetPlan, type UNetShape } from '../unet/plan.ts';
 import type { Weights } from '../unet/weights.ts';
+import type { LoraUse } from './types.ts';
 
 /** Plans kept per model; each holds a parameter buffer and bind groups, all share one arena. */
 const MAX_PLANS = 16;
@@ -52,6 +53,7 @@ export class LoadedModel {
   readonly config: UNetConfig;
   readonly storage: Storage;
   readonly weights: Weights;
+  readonly adapters: AdapterRegistry;
   readonly #shared: Shared;
   readonly #layers: readonly Layer[];
   readonly #pool: AdapterPool;
@@ -67,38 +69,36 @@ export class LoadedModel {
     this.#layers = layersOf(config);
     const pages = Math.max(1, Math.min(64, ceilDiv(poolBytes, shared.device.capabilities.maxBindingBytes)));
     this.#pool = new AdapterPool(shared.device, storage, this.#layers, pages);
+    this.adapters = new AdapterRegistry(config, this.#pool, poolBytes);
     this.#table = new Arena(shared.device, 'lora table');
   }
 
+  /** GPU bytes of all pages for adapters, used or not. */
   get adapterBytes(): number {
     return this.#pool.sizeBytes;
   }
 
-  adapterSize(adapter: Adapter): number {
-    return this.#pool.bytesOf(adapter);
-  }
-
-  /** Undefined where the pool has no room left. */
-  addAdapter(adapter: Adapter): PlacedAdapter | undefined {
-    return this.#pool.add(adapter);
-  }
-
-  removeAdapter(placed: PlacedAdapter): void {
-    this.#pool.remove(placed);
-  }
-
   /**
-   * Runs one forward. `feeds` as `batch.ts` names them, `stacks` one LoRA stack per image. ERR_OUT_OF_MEMORY, ERR_TOO_LARGE,
-   * ERR_GPU, ERR_DEVICE_LOST.
+   * Runs one forward; the caller lets no two run at once. `feeds` as `batch.ts` names them, `loras` one stack per image.
+   * ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_TOO_LARGE, ERR_GPU, ERR_DEVICE_LOST.
    */
   async forward(
     shape: UNetShape,
     feeds: ReadonlyMap<string, Uint8Array>,
-    stacks: readonly (readonly StackEntry[])[],
+    loras: readonly (readonly LoraUse[])[],
   ): Promise<ForwardResult> {
-    const { device } = this.#shared;
     const ready = await this.#ready(shape);
-    const table = await this.#prepare(ready, feeds, stacks);
+    const lease = await this.adapters.use(loras.flat().map(({ lora }) => lora));
+    try {
+      const table = await this.#prepare(ready, feeds, stacksOf(loras, lease));
+      return await this.#run(ready, table, lease.release);
+    } finally {
+      lease.release();
+    }
+  }
+
+  async #run(ready: ReadyPlan, table: LoraTable | undefined, submitted: () => void): Promise<ForwardResult> {
+    const { device } = this.#shared;
     const { plan, unet, staging } = ready;
     const started = performance.now();
     const encoder = device.gpu.createCommandEncoder();
@@ -111,6 +111,7 @@ export class LoadedModel {
       unet.out.sizeBytes,
     );
     device.gpu.queue.submit([encoder.finish()]);
+    submitted();
     const out = await device.readMapped(staging, unet.out.sizeBytes, ready.lastMs);
     ready.lastMs = performance.now() - started;
     return { out, gpuMs: ready.lastMs };
@@ -120,11 +121,16 @@ export class LoadedModel {
   async profile(
     shape: UNetShape,
     feeds: ReadonlyMap<string, Uint8Array>,
-    stacks: readonly (readonly StackEntry[])[],
+    loras: readonly (readonly LoraUse[])[],
   ): Promise<readonly Timing[]> {
     const ready = await this.#ready(shape);
-    const table = await this.#prepare(ready, feeds, stacks);
-    return ready.plan.profile((slot) => table?.blocks.get(slot) ?? 0);
+    const lease = await this.adapters.use(loras.flat().map(({ lora }) => lora));
+    try {
+      const table = await this.#prepare(ready, feeds, stacksOf(loras, lease));
+      return await ready.plan.profile((slot) => table?.blocks.get(slot) ?? 0);
+    } finally {
+      lease.release();
+    }
   }
 
   close(): void {
@@ -204,6 +210,12 @@ export class LoadedModel {
     }
     return table;
   }
+}
+
+/** Deals the adapters of a lease, which lie in the order of all stacks one behind the other, out to the images. */
+function stacksOf(loras: readonly (readonly LoraUse[])[], lease: Lease): readonly (readonly StackEntry[])[] {
+  let at = 0;
+  return loras.map((stack) => stack.map(({ strength }) => ({ adapter: lease.adapters[at++]!, strength })));
 }
 
 function closePlan({ plan, staging }: ReadyPlan): void {

@@ -20,6 +20,8 @@ import type {
 } from './types.ts';
 
 export interface EngineProcessOptions extends ChildOptions {
+  /** Takes one line for each thing that happens to the process. */
+  readonly log?: (line: string) => void;
   /** First pause before a restart; doubles up to 30 s while restarts fail. */
   readonly backoffMs?: number;
 }
@@ -54,6 +56,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
   #failures = 0;
   #closed = false;
   #retry: NodeJS.Timeout | null = null;
+  #lastStats: EngineStats | null = null;
   /** Calls that wait for a process that answers. */
   readonly #waiting: Call[] = [];
   readonly #inFlight = new Set<Call>();
@@ -115,8 +118,12 @@ export class EngineProcess implements EngineApi, EngineHealth {
     return (await this.#call('forward', [batch])) as BatchResult;
   }
 
+  /** While the process restarts: as they were last. */
   async stats(): Promise<EngineStats> {
-    return (await this.#call('stats', [])) as EngineStats;
+    // Whoever watches should see the restart, not wait for it.
+    if (this.#child === null && this.#lastStats !== null) return this.#lastStats;
+    this.#lastStats = (await this.#call('stats', [])) as EngineStats;
+    return this.#lastStats;
   }
 
   async close(): Promise<void> {

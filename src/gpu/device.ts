@@ -153,28 +153,28 @@ export class Device {
     throw new UnetdError('ERR_GPU', `The GPU driver reported: ${failure}`);
   }
 
-  /** Runs `work` inside error scopes; a reported error becomes ERR_GPU or ERR_OUT_OF_MEMORY naming `what`. */
-  async guarded<T>(what: string, work: () => T | Promise<T>): Promise<T> {
+  /**
+   * Runs `work` inside error scopes; a reported error becomes ERR_GPU or ERR_OUT_OF_MEMORY naming `what`. Scopes are a stack
+   * of the whole device, so `work` must not await: another task's calls would fall into its scopes.
+   */
+  async guarded<T>(what: string, work: () => T): Promise<T> {
     const scopes = ['out-of-memory', 'validation', 'internal'] as const;
     for (const scope of scopes) this.gpu.pushErrorScope(scope);
-    let thrown: unknown;
-    let result: T | undefined;
+    let popped: { scope: string; error: Promise<GPUError | null> }[];
+    let result: T;
     try {
-      result = await work();
-    } catch (error) {
-      thrown = error;
+      result = work();
+    } finally {
+      popped = [...scopes].reverse().map((scope) => ({ scope, error: this.gpu.popErrorScope() }));
     }
-    const errors: { scope: string; message: string }[] = [];
-    for (const scope of [...scopes].reverse()) {
-      const error = await this.gpu.popErrorScope();
-      if (error) errors.push({ scope, message: error.message });
+    for (const { scope, error } of popped.reverse()) {
+      const reported = await error;
+      if (!reported) continue;
+      if (scope === 'out-of-memory')
+        throw new UnetdError('ERR_OUT_OF_MEMORY', `${what}: the GPU is out of memory (${reported.message})`);
+      throw new UnetdError('ERR_GPU', `${what}: ${reported.message}`);
     }
-    if (thrown) throw thrown;
-    const [first] = errors;
-    if (first?.scope === 'out-of-memory')
-      throw new UnetdError('ERR_OUT_OF_MEMORY', `${what}: the GPU is out of memory (${first.message})`);
-    if (first) throw new UnetdError('ERR_GPU', `${what}: ${first.message}`);
-    return result as T;
+    return result;
   }
 
   /** A buffer of at least `sizeBytes` (rounded up to 16), zero filled. */

@@ -11,6 +11,16 @@ export const geglu: Kernel = defineKernel({
   variants: { plain: { files: ['elementwise/geglu.wgsl'] } },
 });
 
+export const copy: Kernel = defineKernel({
+  name: 'copy',
+  bindings: {
+    x: { type: 'array<Quad>', access: 'read_write' },
+    out: { type: 'array<Quad>', access: 'read_write' },
+  },
+  params: { quads: 'u32', rowQuads: 'u32' },
+  variants: { plain: { files: ['elementwise/copy.wgsl'] } },
+});
+
 export const fromNchw: Kernel = defineKernel({
   name: 'from_nchw',
   bindings: {
@@ -51,6 +61,25 @@ export function gegluOf(args: {
     grid: [ceilDiv(inner / 4, 16), ceilDiv(rows, 4), 1],
     label,
     flops: 12 * rows * inner,
+  };
+}
+
+/** Quads of one row of the copy's grid. */
+const COPY_ROW_QUADS = 64 * 1024;
+
+/** `count` stored values, a multiple of 4. */
+export function copyOf(args: { label: string; count: number; x: Operand; out: Operand }): Dispatch {
+  const { label, count, x, out } = args;
+  const quads = count / 4;
+  const rowQuads = Math.min(quads, COPY_ROW_QUADS);
+  return {
+    ...plain,
+    kernel: copy,
+    operands: { x, out },
+    params: { quads, rowQuads },
+    grid: [ceilDiv(rowQuads, 64), ceilDiv(quads, rowQuads), 1],
+    label,
+    flops: 0,
   };
 }
 

@@ -161,7 +161,7 @@ export function gemmOf(
     );
   const chosen = variant ?? pick(gemm, capabilities);
   const params = paramsOf(args, lora?.slot ?? 0);
-  const panels = params['panels']!;
+  const panels = params.panels!;
   return {
     kernel: gemm,
     variant: chosen,

@@ -1,7 +1,7 @@
 /** The registry: every kernel, once. Tests and benchmarks walk it. */
 import type { Kernel } from '../gpu/kernel.ts';
 import { attention } from './attention.ts';
-import { fromNchw, geglu, toNchw } from './elementwise.ts';
+import { copy, fromNchw, geglu, toNchw } from './elementwise.ts';
 import { gemm, loraDown } from './gemm.ts';
 import { groupApply, groupFold, groupMoments, layerNorm } from './norm.ts';
 import { pack } from './pack.ts';
@@ -15,6 +15,7 @@ export const KERNELS: readonly Kernel[] = [
   groupApply,
   layerNorm,
   geglu,
+  copy,
   fromNchw,
   toNchw,
   pack,

@@ -54,8 +54,14 @@ export function refuseToken(headers: Headers, token: string | undefined): Refusa
   return { status: 401, reason: `This server needs "Authorization: Bearer TOKEN": ${found}.` };
 }
 
-/** ERR_BAD_REQUEST where a server without a token would be reachable from other machines. */
+/** ERR_BAD_REQUEST where a server without a token would be reachable from other machines, or no client could send the token. */
 export function checkListen(host: string, token: string | undefined): void {
+  if (token !== undefined && !/^[\x21-\x7e]+$/.test(token)) {
+    throw new UnetdError(
+      'ERR_BAD_REQUEST',
+      'The token must be one or more visible ASCII characters without spaces; leave --token and UNETD_TOKEN out for none.',
+    );
+  }
   if (token !== undefined || isLoopback(host)) return;
   throw new UnetdError(
     'ERR_BAD_REQUEST',

@@ -29,7 +29,7 @@ export class KeptTensors {
       if (this.#bytes + bytes <= this.limitBytes) break;
       this.#drop(oldest);
     }
-    this.#tensors.set(key, { ...tensor, data: tensor.data.slice() });
+    this.#tensors.set(key, { ...tensor, data: new Uint8Array(tensor.data) });
     this.#bytes += bytes;
   }
 

@@ -2,7 +2,7 @@
  * What the engine holds: which models and adapters are loaded, from which version of their files, and how many requests use
  * each model. Loads on demand and only once for any number of askers. Runs no forwards.
  */
-import type { AdapterInfo, EngineApi, ModelInfo, Progress } from '../engine/types.ts';
+import type { AdapterInfo, EngineApi, FileSource, ModelInfo, Progress } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
 import type { Clock } from './clock.ts';
 import type { FileKind } from './folders.ts';
@@ -75,7 +75,7 @@ export class Residents {
       for (const listener of listeners) listener(stage, done, total);
     };
     const done = this.#engine.loadModel({ name, path: source.path, version: source.version }, wanted, report);
-    const loading = { dtype: wanted, done: done.then((info) => this.#arrived(name, info)), listeners };
+    const loading = { dtype: wanted, done: done.then((info) => this.#arrived(info)), listeners };
     this.#loading.set(name, loading);
     loading.done.finally(() => this.#loading.delete(name)).catch(() => {});
     return this.#follow(loading, progress);
@@ -115,7 +115,7 @@ export class Residents {
     const running = this.#adapterLoading.get(key);
     if (running !== undefined) return running;
     const { path, version } = source;
-    const done = this.#engine.loadAdapter({ name: lora, path, version }, model).then((info) => {
+    const done = this.#loadAdapter({ name: lora, path, version }, model).then((info) => {
       const adapters = this.#adapters.get(model) ?? new Map<string, ResidentAdapter>();
       this.#adapters.set(model, adapters.set(lora, { info, version, checkedAt: this.#clock.now() }));
       return info;
@@ -149,10 +149,26 @@ export class Residents {
     this.#adapters.get(model)?.delete(lora);
   }
 
-  #arrived(name: string, info: ModelInfo): ModelInfo {
+  /** An engine short of memory may have dropped the model meanwhile: then it is loaded again. */
+  async #loadAdapter(source: FileSource, model: string): Promise<AdapterInfo> {
+    try {
+      return await this.#engine.loadAdapter(source, model);
+    } catch (error) {
+      if (UnetdError.from(error).code !== 'ERR_MODEL_NOT_LOADED') throw error;
+      this.forget(model);
+      await this.needModel(model);
+      return this.#engine.loadAdapter(source, model);
+    }
+  }
+
+  async #arrived(info: ModelInfo): Promise<ModelInfo> {
     // Adapters belong to the weights they were loaded for.
-    this.#adapters.delete(name);
-    this.#models.set(name, info);
+    this.#adapters.delete(info.model);
+    this.#models.set(info.model, info);
+    // The engine may have dropped idle models to make room.
+    const stats = await this.#engine.stats().catch(() => null);
+    const held = new Set(stats?.models.map(({ model }) => model));
+    if (stats !== null) for (const name of [...this.#models.keys()]) if (!held.has(name)) this.forget(name);
     return info;
   }
 

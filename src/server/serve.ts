@@ -40,6 +40,7 @@ export interface ServeOptions {
   readonly limits?: Partial<SessionLimits>;
   readonly uploadQuotaBytes?: number;
   readonly pingMs?: number;
+  readonly highWaterBytes?: number;
   readonly clock?: Clock;
 }
 
@@ -64,6 +65,7 @@ export const DEFAULTS = {
   maxKeptBytes: 268_435_456,
   uploadQuotaBytes: 17_179_869_184,
   pingMs: 20_000,
+  highWaterBytes: 67_108_864,
 } as const;
 const CLOSE_GRACE_MS = 2000;
 /** How long `drain` waits for open requests before it closes anyway. */
@@ -118,6 +120,7 @@ export async function serve(options: ServeOptions): Promise<RunningServer> {
     hello: () => helloOf(engine, limits),
     maxConnections: options.maxConnections ?? DEFAULTS.maxConnections,
     pingMs: options.pingMs ?? DEFAULTS.pingMs,
+    highWaterBytes: options.highWaterBytes ?? DEFAULTS.highWaterBytes,
     log,
   });
   const metricsText = async (): Promise<string> =>

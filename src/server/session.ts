@@ -74,7 +74,8 @@ export class Session {
     this.#closed = true;
     for (const controller of this.#open.values()) controller.abort(cancelled('its connection ended'));
     this.kept.clear();
-    void this.#services.library.uploads.dropOwner(this.owner);
+    // A part file that cannot be removed now goes with the folder in the end.
+    this.#services.library.uploads.dropOwner(this.owner).catch(() => {});
   }
 
   /** Resolves when no request is open. */
@@ -114,8 +115,8 @@ export class Session {
   }
 
   #admit(op: Operation): void {
-    if (op === 'cancel' || op === 'stats') return;
-    if (this.#services.isDraining()) {
+    if (op === 'cancel') return;
+    if (op !== 'stats' && this.#services.isDraining()) {
       throw new UnetdError(
         'ERR_SHUTTING_DOWN',
         'The server is shutting down and takes no new requests; connect to another, or later.',

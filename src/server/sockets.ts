@@ -20,6 +20,8 @@ export interface SocketOptions {
   readonly hello: () => Hello;
   readonly maxConnections: number;
   readonly pingMs: number;
+  /** Unsent replies above which no more requests are read from a connection; they are again below an eighth of it. */
+  readonly highWaterBytes: number;
   readonly log: Logger;
 }
 
@@ -33,9 +35,6 @@ interface Peer {
 
 /** A frame up to this much over the limit is answered with ERR_TOO_LARGE; beyond it the connection is closed (1009). */
 const OVERSIZE_BYTES = 64 * 1024 * 1024;
-/** Unsent replies above which no more requests are read from a connection, and below which reading goes on. */
-const HIGH_WATER_BYTES = 64 * 1024 * 1024;
-const LOW_WATER_BYTES = 8 * 1024 * 1024;
 const MAX_MISSED_PINGS = 2;
 
 export class Sockets {
@@ -152,11 +151,12 @@ export class Sockets {
 
   /** A peer that does not take its replies is not read from until it does; that it answers no pings then ends it. */
   #send({ socket }: Peer, frame: string | Uint8Array): void {
+    const { highWaterBytes } = this.#options;
     if (socket.readyState !== socket.OPEN) return;
     socket.send(frame, { binary: typeof frame !== 'string' }, () => {
-      if (socket.isPaused && socket.bufferedAmount < LOW_WATER_BYTES) socket.resume();
+      if (socket.isPaused && socket.bufferedAmount < highWaterBytes / 8) socket.resume();
     });
-    if (socket.bufferedAmount > HIGH_WATER_BYTES) socket.pause();
+    if (socket.bufferedAmount > highWaterBytes) socket.pause();
   }
 
   #ping(): void {

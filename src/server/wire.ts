@@ -21,7 +21,8 @@ export function decodeFrame(frame: string | Uint8Array, direction: Direction): M
   if (typeof frame === 'string') return { header: parseObject(frame, 'The text frame'), tensors: null };
   let file: SafetensorsView;
   try {
-    file = decode(frame, 'frame');
+    // As a plain array: a Buffer's slice() would not copy.
+    file = decode(new Uint8Array(frame.buffer, frame.byteOffset, frame.byteLength), 'frame');
   } catch (error) {
     const reason = UnetdError.from(error).message;
     throw new UnetdError(

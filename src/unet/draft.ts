@@ -14,7 +14,7 @@ import {
 } from '../gpu/kernel.ts';
 import type { Step } from '../gpu/plan.ts';
 import { attentionOf } from '../kernels/attention.ts';
-import { fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
+import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
 import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf, PANEL, type Rows } from '../kernels/gemm.ts';
 import { groupNormOf, groupNormScratch, layerNormOf } from '../kernels/norm.ts';
 
@@ -241,6 +241,14 @@ export class Draft {
     const rows = this.images * tokens;
     const out = this.tensor(id, rows * inner);
     this.always(gegluOf({ label: id, rows, inner, x, out }));
+    return out;
+  }
+
+  /** The same values in a tensor of their own: one tensor cannot be two operands of a dispatch. */
+  copy(label: string, x: Activation): Activation {
+    const out = this.activation(label, x.channels, x.height, x.width);
+    const count = this.images * tokensOf(x) * x.channels;
+    this.always(copyOf({ label, count, x: x.tensor, out: out.tensor }));
     return out;
   }
 

@@ -148,6 +148,8 @@ class UNetDrafter {
     });
     for (const module of middle) h = this.#module(module, h);
     h = this.#residual('middle', 0, h);
+    // Without a middle block (KOALA-700M) the first skip is `h` itself.
+    if (h.tensor === skips.at(-1)?.tensor) h = this.#draft.copy('middle_block', h);
     this.#points.set('middle_block', h);
     output.forEach((block, i) => {
       const popped = skips.pop();

@@ -83,17 +83,15 @@ export class Weights implements WeightSource {
     onBytes: OnBytes = () => {},
   ): Promise<Weights> {
     const loader = new Loader(device, storage, config, file, entryOf, onBytes);
-    return device.guarded('loading weights', async () => {
-      try {
-        const { matrices, vectors, vectorBuffer } = await loader.load();
-        return new Weights(matrices, vectors, vectorBuffer);
-      } catch (error) {
-        loader.discard();
-        throw error;
-      } finally {
-        loader.close();
-      }
-    });
+    try {
+      const { matrices, vectors, vectorBuffer } = await loader.load();
+      return new Weights(matrices, vectors, vectorBuffer);
+    } catch (error) {
+      loader.discard();
+      throw error;
+    } finally {
+      loader.close();
+    }
   }
 
   matrix(id: string): Matrix {
@@ -184,11 +182,10 @@ class Loader {
     this.#arena.close();
   }
 
-  #create(label: string, sizeBytes: number): GPUBuffer {
-    const buffer = this.#device.createBuffer(
-      label,
-      sizeBytes,
-      Usage.STORAGE | Usage.COPY_DST | Usage.COPY_SRC,
+  async #create(label: string, sizeBytes: number): Promise<GPUBuffer> {
+    const usage = Usage.STORAGE | Usage.COPY_DST | Usage.COPY_SRC;
+    const buffer = await this.#device.guarded(`loading ${label}`, () =>
+      this.#device.createBuffer(label, sizeBytes, usage),
     );
     this.#made.push(buffer);
     return buffer;
@@ -219,7 +216,7 @@ class Loader {
       all.set(new Uint8Array(values.buffer, values.byteOffset, values.byteLength), offset);
       this.#advance(entry.byteLength);
     }
-    const buffer = this.#create('vectors', total);
+    const buffer = await this.#create('vectors', total);
     this.#device.gpu.queue.writeBuffer(buffer, 0, all);
     const vectors = new Map(
       places.map(({ name, offset, sizeBytes }) => [name, resident(name, buffer, offset, sizeBytes)]),
@@ -236,7 +233,7 @@ class Loader {
         `Cannot load ${entry.name}: its dtype is ${entry.dtype}, supported are ${Object.keys(PACK_DTYPES).join(', ')}`,
         { tensor: entry.name, dtype: entry.dtype },
       );
-    const buffer = this.#create(id, matrixBytes(part, this.#storage));
+    const buffer = await this.#create(id, matrixBytes(part, this.#storage));
     const rowBytes = entry.byteLength / outFeatures;
     const panelQuads = (kernel ** 2 * storedChannels(inFeatures) * PANEL) / 4;
     const most = this.#device.capabilities.maxBindingBytes;

@@ -192,7 +192,7 @@ describe('uploads', () => {
 
   it('make room by dropping the least recently used that nobody needs', async () => {
     await library.close();
-    library = await open([place.dir], [], 300);
+    library = await open([place.dir], [], 250);
     const sets = [1, 2, 3, 4].map((n) => [tensor('t', [n])]);
     const keys = sets.map((set) => digest(set));
     const needed = new Set([`sha256:${keys[0]}`]);
