@@ -50,18 +50,32 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm as a layer norm over each group: the same numbers, and on a CPU four times as fast backwards."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(32, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.reshape(x.shape[0], self.num_groups, -1)
+        normal = F.layer_norm(groups, groups.shape[-1:], eps=self.eps).view_as(x)
+        # In the input's dtype, or autocast would carry float32 from here on.
+        scale, shift = (p.to(x.dtype)[:, None, None] for p in (self.weight, self.bias))
+        return torch.addcmul(shift, normal, scale)
+
+
 class ResBlock(nn.Module):
     """x [N, C, H, W], emb [N, E] -> [N, C', H, W]."""
 
     def __init__(self, channels: int, emb_channels: int, out_channels: int) -> None:
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels, eps=1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm(channels, 1e-5), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
         # Index 2 is where the original has its dropout: the conv must be `out_layers.3`.
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels, eps=1e-5),
+            GroupNorm(out_channels, 1e-5),
             nn.SiLU(),
             nn.Identity(),
             zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -91,7 +105,9 @@ class Attention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (self.to_q(x), self.to_k(source), self.to_v(source))
         )
-        return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # Written out: PyTorch's fused CPU attention takes a third of a training step at these head widths.
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1, dtype=q.dtype)
+        return self.to_out((weights @ v).transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -130,7 +146,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context_dim: int, heads: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(channels, 1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
@@ -220,7 +236,7 @@ class UNet(nn.Module):
                 channels = width
 
         self.out = nn.Sequential(
-            nn.GroupNorm(32, channels, eps=1e-5),
+            GroupNorm(channels, 1e-5),
             nn.SiLU(),
             zero(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )

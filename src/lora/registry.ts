@@ -15,11 +15,11 @@ export interface AdapterSource {
 }
 
 /** What is known of an adapter without its matrices. */
-export type AdapterFacts = Omit<Adapter, 'layers'> & { readonly layerCount: number };
+export type LoraFacts = Omit<Adapter, 'layers'> & { readonly layerCount: number };
 
 interface Entry {
   readonly source: AdapterSource;
-  readonly facts: AdapterFacts;
+  readonly facts: LoraFacts;
   placed: PlacedAdapter | undefined;
   lastUse: number;
   /** Leases that hold it on the GPU. */
@@ -54,7 +54,7 @@ export class AdapterRegistry {
   }
 
   /** Parses a file and puts it on the GPU; the same version again returns at once. ERR_LORA_*, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY. */
-  async load(source: AdapterSource): Promise<AdapterFacts> {
+  async load(source: AdapterSource): Promise<LoraFacts> {
     const known = this.#entries.get(source.name);
     if (known?.source.version === source.version && known.placed) return known.facts;
     return (await this.#place(source)).facts;

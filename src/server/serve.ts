@@ -9,7 +9,7 @@ import type { EngineApi, EngineHealth } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
 import { type Clock, SYSTEM_CLOCK } from './clock.ts';
 import { checkListen, type GuardOptions } from './guard.ts';
-import { answerHttp } from './http.ts';
+import { answerHttp, type HttpContext } from './http.ts';
 import { Library } from './library.ts';
 import type { Logger } from './log.ts';
 import { Metrics, type Observed } from './metrics.ts';
@@ -76,57 +76,9 @@ export async function serve(options: ServeOptions): Promise<RunningServer> {
   const guard = guardOf(options);
   checkListen(guard.host, guard.token);
   const clock = options.clock ?? SYSTEM_CLOCK;
-  const library = await Library.open({
-    models: options.models,
-    loras: options.loras ?? [],
-    uploadQuotaBytes: options.uploadQuotaBytes ?? DEFAULTS.uploadQuotaBytes,
-  });
-  const { engine, log } = options;
-  const metrics = new Metrics();
-  const residents = new Residents(engine, library, clock, options.dtype ?? 'auto');
-  const scheduler = new Scheduler(engine, residents, metrics, clock, {
-    maxBatch: options.maxBatch ?? DEFAULTS.maxBatch,
-    batchWaitMs: options.batchWaitMs ?? 0,
-    queueLimit: options.queueLimit ?? DEFAULTS.queueLimit,
-  });
-  let draining = false;
-  const isReady = (): boolean => !draining && (engine.alive ?? true);
-  const observe = (): Observed => ({
-    server: serverName(),
-    ready: isReady(),
-    restarts: engine.restarts ?? 0,
-    connections: sockets.connections,
-    queue: scheduler.queue,
-    kept: sockets.kept,
-    uploads: {
-      files: library.uploads.files,
-      bytes: library.uploads.bytes,
-      quotaBytes: library.uploads.quotaBytes,
-    },
-  });
-  const services: Services = {
-    library,
-    residents,
-    scheduler,
-    metrics,
-    stats: async () => metrics.stats(observe(), await engine.stats()),
-    isDraining: () => draining,
-  };
-  const limits: SessionLimits = { ...DEFAULTS, ...options.limits };
-  const sockets = new Sockets({
-    services,
-    guard,
-    limits,
-    hello: () => helloOf(engine, limits),
-    maxConnections: options.maxConnections ?? DEFAULTS.maxConnections,
-    pingMs: options.pingMs ?? DEFAULTS.pingMs,
-    highWaterBytes: options.highWaterBytes ?? DEFAULTS.highWaterBytes,
-    log,
-  });
-  const metricsText = async (): Promise<string> =>
-    metrics.text(observe(), isReady() ? await engine.stats().catch(() => null) : null);
+  const { library, scheduler, sockets, http: context, state } = await assemble(options, guard, clock);
   const http = createServer((request, response) => {
-    void answerHttp({ services, guard, isReady, metricsText }, request, response);
+    void answerHttp(context, request, response);
   });
   http.on('upgrade', (request, stream, head) => sockets.upgrade(request, stream, head));
   const port = await listen(http, guard.host, options.port ?? DEFAULTS.port).catch(async (error: unknown) => {
@@ -134,17 +86,77 @@ export async function serve(options: ServeOptions): Promise<RunningServer> {
     throw error;
   });
   const close = onceOnly(async () => {
-    draining = true;
+    state.draining = true;
     await Promise.all([sockets.close(CLOSE_GRACE_MS), closePort(http)]);
     await library.close();
   });
   const drain = onceOnly(async () => {
-    draining = true;
-    log.info({ open: scheduler.queue }, 'draining');
+    state.draining = true;
+    options.log.info({ open: scheduler.queue }, 'draining');
     await within(sockets.idle(), DRAIN_MS, clock);
     await close();
   });
   return { port, url: `ws://${urlHost(guard.host)}:${port}${SOCKET_PATH}`, drain, close };
+}
+
+interface Assembly {
+  readonly library: Library;
+  readonly scheduler: Scheduler;
+  readonly sockets: Sockets;
+  readonly http: HttpContext;
+  readonly state: { draining: boolean };
+}
+
+/** Every part of the server, joined but not listening. */
+async function assemble(options: ServeOptions, guard: GuardOptions, clock: Clock): Promise<Assembly> {
+  const { engine, log } = options;
+  const library = await Library.open({
+    models: options.models,
+    loras: options.loras ?? [],
+    uploadQuotaBytes: options.uploadQuotaBytes ?? DEFAULTS.uploadQuotaBytes,
+  });
+  const metrics = new Metrics();
+  const residents = new Residents(engine, library, clock, options.dtype ?? 'auto');
+  const scheduler = new Scheduler(engine, residents, metrics, clock, {
+    maxBatch: options.maxBatch ?? DEFAULTS.maxBatch,
+    batchWaitMs: options.batchWaitMs ?? 0,
+    queueLimit: options.queueLimit ?? DEFAULTS.queueLimit,
+  });
+  const state = { draining: false };
+  const isReady = (): boolean => !state.draining && (engine.alive ?? true);
+  const observe = (): Observed => ({
+    server: serverName(),
+    ready: isReady(),
+    restarts: engine.restarts ?? 0,
+    connections: sockets.connections,
+    queue: scheduler.queue,
+    kept: sockets.kept,
+    uploads: library.uploads.usage,
+  });
+  const services: Services = {
+    library,
+    residents,
+    scheduler,
+    metrics,
+    stats: async () => metrics.stats(observe(), await engine.stats()),
+    isDraining: () => state.draining,
+  };
+  const limits: SessionLimits = { ...DEFAULTS, ...options.limits };
+  const hello = (): Hello => helloOf(engine, limits);
+  const { maxConnections, pingMs, highWaterBytes } = { ...DEFAULTS, ...options };
+  const sockets = new Sockets({
+    services,
+    guard,
+    limits,
+    hello,
+    maxConnections,
+    pingMs,
+    highWaterBytes,
+    log,
+  });
+  const metricsText = async (): Promise<string> =>
+    metrics.text(observe(), isReady() ? await engine.stats().catch(() => null) : null);
+  return { library, scheduler, sockets, http: { services, guard, isReady, metricsText }, state };
 }
 
 /** `unetd/VERSION` of this package. */

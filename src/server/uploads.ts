@@ -61,11 +61,12 @@ export class Uploads {
     return new Uploads(await mkdtemp(join(tmpdir(), 'unetd-')), quotaBytes);
   }
 
-  get files(): number {
-    return this.#files.size;
+  get usage(): { readonly files: number; readonly bytes: number; readonly quotaBytes: number } {
+    return { files: this.#files.size, bytes: this.#bytes, quotaBytes: this.quotaBytes };
   }
 
-  get bytes(): number {
+  /** Of finished and unfinished files. */
+  get #bytes(): number {
     const held = [...this.#files.values()].map((file) => file.sizeBytes);
     const partial = [...this.#partials.values()].map((each) => each.headerBytes + each.bytes);
     return [...held, ...partial].reduce((sum, bytes) => sum + bytes, 0);
@@ -204,16 +205,16 @@ export class Uploads {
   /** Makes room for more bytes. ERR_TOO_LARGE where what is needed fills the quota. */
   async #reserve(bytes: number, isNeeded: (kind: FileKind, name: string) => boolean): Promise<void> {
     for (const [key, file] of this.#files) {
-      if (this.bytes + bytes <= this.quotaBytes) return;
+      if (this.#bytes + bytes <= this.quotaBytes) return;
       if (isNeeded(key.startsWith('model/') ? 'model' : 'lora', file.name)) continue;
       this.#files.delete(key);
       await rm(file.path, { force: true });
     }
-    if (this.bytes + bytes <= this.quotaBytes) return;
+    if (this.#bytes + bytes <= this.quotaBytes) return;
     throw new UnetdError(
       'ERR_TOO_LARGE',
-      `Uploads hold ${this.bytes} bytes and may hold ${this.quotaBytes}: no room for ${bytes} more. Unload models, raise --upload-quota, or put the file into a folder of the server.`,
-      { heldBytes: this.bytes, quotaBytes: this.quotaBytes },
+      `Uploads hold ${this.#bytes} bytes and may hold ${this.quotaBytes}: no room for ${bytes} more. Unload models, raise --upload-quota, or put the file into a folder of the server.`,
+      { heldBytes: this.#bytes, quotaBytes: this.quotaBytes },
     );
   }
 

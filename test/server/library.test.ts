@@ -168,7 +168,7 @@ describe('uploads', () => {
       code: 'ERR_DIGEST_MISMATCH',
       details: { expected: hex },
     });
-    expect(library.uploads.bytes).toBe(0);
+    expect(library.uploads.usage.bytes).toBe(0);
     expect(await put(0, 1)).toBe(true);
   });
 
@@ -180,13 +180,13 @@ describe('uploads', () => {
     await expect(put(1, 2)).rejects.toMatchObject({ code: 'ERR_BAD_REQUEST' });
     const huge = [tensor('huge', new Array(30_000_000).fill(0))];
     await expect(put(0, 1, huge)).rejects.toMatchObject({ code: 'ERR_TOO_LARGE' });
-    expect(library.uploads.bytes).toBe(0);
+    expect(library.uploads.usage.bytes).toBe(0);
   });
 
   it('drop unfinished parts with their connection', async () => {
     await put(0, 2, tensors.slice(0, 1));
     await library.uploads.dropOwner('me');
-    expect(library.uploads.bytes).toBe(0);
+    expect(library.uploads.usage.bytes).toBe(0);
     await expect(put(1, 2)).rejects.toMatchObject({ code: 'ERR_BAD_REQUEST' });
   });
 

@@ -143,3 +143,12 @@ export function request(
     context: filled([images, 3, 6], seed + 2),
   };
 }
+
+/** Waits until so many forwards wait and run on the server. */
+export async function untilQueued(client: Client, waiting: number, running: number): Promise<void> {
+  for (;;) {
+    const { queue } = await client.stats();
+    if (queue.requests === waiting && queue.running === running) return;
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
+}

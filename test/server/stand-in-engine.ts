@@ -41,6 +41,7 @@ export class StandInEngine implements EngineApi {
   readonly #models = new Map<string, Model>();
   #last: Promise<unknown> = Promise.resolve();
   #images = 0;
+  #gate: Promise<void> = Promise.resolve();
 
   static create(_options: EngineOptions = {}): Promise<StandInEngine> {
     return Promise.resolve(new StandInEngine());
@@ -97,6 +98,15 @@ export class StandInEngine implements EngineApi {
     return mine;
   }
 
+  /** Lets no forward finish until the result is called. */
+  hold(): () => void {
+    let release = (): void => {};
+    this.#gate = new Promise((resolve) => {
+      release = resolve;
+    });
+    return release;
+  }
+
   /** Drops what is loaded without telling anyone, as an engine short of memory may. */
   evictAll(): void {
     this.#models.clear();
@@ -125,6 +135,7 @@ export class StandInEngine implements EngineApi {
   async #run({ model, requests }: Batch): Promise<BatchResult> {
     const { delayMs, maxImages, factors } = this.#models.get(model) ?? missing(model);
     const images = requests.reduce((sum, { x }) => sum + x.shape[0]!, 0);
+    await this.#gate;
     await sleep(delayMs);
     if (images > maxImages)
       throw new UnetdError('ERR_OUT_OF_MEMORY', `${images} images, room for ${maxImages}.`);

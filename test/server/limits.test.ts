@@ -1,0 +1,133 @@
+/** Limits of frames, windows, queues, memory and patience, over real sockets. */
+import { once } from 'node:events';
+import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import WebSocket from 'ws';
+import type { Client } from '../../src/client.ts';
+import { digest } from '../../src/safetensors.ts';
+import { encodeBinary } from '../../src/server/wire.ts';
+import { comfyPlace, openStage, type Place, request, type Stage, tensor, untilQueued } from './setting.ts';
+
+let place: Place;
+let stage: Stage;
+let client: Client;
+
+beforeEach(async () => {
+  place = comfyPlace(150);
+  stage = await openStage(place);
+  client = await stage.connect();
+});
+
+afterEach(async () => {
+  await stage.end();
+  place.remove();
+});
+
+const FAST = 'fast.safetensors';
+const SLOW = 'slow.safetensors';
+const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+describe('limits', () => {
+  const restage = async (options: Parameters<typeof openStage>[1]): Promise<void> => {
+    await stage.end();
+    stage = await openStage(place, options);
+    client = await stage.connect();
+  };
+
+  it('answer a frame that is too large and keep the connection', async () => {
+    await restage({ limits: { maxMessageBytes: 2000 } });
+    const socket = new WebSocket(stage.server.url, 'unetd.v1');
+    await once(socket, 'message');
+    socket.send(new Uint8Array(3000));
+    const [data] = await once(socket, 'message');
+    expect(JSON.parse(String(data))).toMatchObject({ id: null, error: { code: 'ERR_TOO_LARGE' } });
+    expect(socket.readyState).toBe(WebSocket.OPEN);
+    socket.close();
+    await expect(client.forward(request(FAST, 16))).rejects.toMatchObject({ code: 'ERR_TOO_LARGE' });
+  });
+
+  it('cut uploads into parts', async () => {
+    await restage({ limits: { maxMessageBytes: 4000 } });
+    const tensors = Array.from({ length: 9 }, (_, n) => tensor(`t${n}`, new Array(300).fill(n)));
+    expect(await client.modelPut(tensors)).toBe(`sha256:${digest(tensors)}`);
+    expect((await client.stats()).uploads.files).toBe(1);
+    await expect(client.modelPut([tensor('t', new Array(2000).fill(0))])).rejects.toMatchObject({
+      code: 'ERR_TOO_LARGE',
+    });
+  });
+
+  it('hold the window of a connection and the queue of the server', async () => {
+    await restage({ limits: { maxInFlight: 2 }, queueLimit: 2 });
+    await client.modelLoad(SLOW);
+    // The client keeps to the window by itself: all are answered.
+    await Promise.all([1, 2, 3, 4].map((seed) => client.forward(request(SLOW, 1, seed))));
+    const release = stage.engine.hold();
+    const socket = new WebSocket(stage.server.url, 'unetd.v1');
+    await once(socket, 'message');
+    const { model, ...tensors } = request(SLOW);
+    const views = Object.entries(tensors).map(([name, value]) => ({ name, ...value }));
+    for (const id of ['1', '2', '3']) socket.send(encodeBinary({ id, op: 'forward', model }, views, 'req'));
+    const [busy] = await once(socket, 'message');
+    expect(JSON.parse(String(busy))).toMatchObject({ id: '3', error: { code: 'ERR_BUSY' } });
+    await untilQueued(client, 1, 1);
+    const [first, second] = await Promise.all([stage.connect(), stage.connect()]);
+    const taken = first.forward(request(SLOW));
+    await untilQueued(client, 2, 1);
+    await expect(second.forward(request(SLOW))).rejects.toMatchObject({
+      code: 'ERR_BUSY',
+      details: { retryAfterMs: expect.any(Number) },
+    });
+    release();
+    await taken;
+    socket.terminate();
+  });
+
+  it('evict kept tensors by size', async () => {
+    const bytes = request(FAST).context.data.byteLength;
+    await restage({ limits: { maxKeptBytes: 2 * bytes } });
+    const { context, ...rest } = request(FAST);
+    for (const key of ['a', 'b']) await client.forward({ ...rest, context, keep: { context: key } });
+    await client.forward({ ...rest, reuse: { context: 'a' } });
+    await client.forward({ ...rest, context, keep: { context: 'c' } });
+    await client.forward({ ...rest, reuse: { context: 'a' } });
+    await expect(client.forward({ ...rest, reuse: { context: 'b' } })).rejects.toMatchObject({
+      code: 'ERR_NOT_KEPT',
+    });
+  });
+
+  it('stop reading from a peer that does not take its answers, until it does', async () => {
+    await restage({ highWaterBytes: 100_000 });
+    const reader = await stage.connect();
+    const socket = new WebSocket(stage.server.url, 'unetd.v1');
+    await once(socket, 'message');
+    socket.pause();
+    const { model, ...tensors } = request(FAST, 1, 0, 256);
+    const views = Object.entries(tensors).map(([name, value]) => ({ name, ...value }));
+    for (let id = 0; id < 30; id += 1) {
+      socket.send(encodeBinary({ id: String(id), op: 'forward', model }, views, 'req'));
+    }
+    let before = -1;
+    for (let now = 0; now !== before || now === 0; now = (await reader.stats()).forwards.completed) {
+      before = now;
+      await pause(300);
+    }
+    expect(before).toBeLessThan(30);
+    let answers = 0;
+    socket.on('message', () => {
+      answers += 1;
+    });
+    socket.resume();
+    while (answers < 30) await once(socket, 'message');
+    expect((await reader.stats()).forwards.completed).toBe(30);
+    socket.terminate();
+  });
+
+  it('end a peer that answers no pings', async () => {
+    await restage({ pingMs: 30 });
+    const socket = new WebSocket(stage.server.url, 'unetd.v1', { autoPong: false });
+    await once(socket, 'message');
+    const since = performance.now();
+    await once(socket, 'close');
+    expect(performance.now() - since).toBeGreaterThan(50);
+    expect((await client.stats()).connections).toBe(1);
+  });
+});
