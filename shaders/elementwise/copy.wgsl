@@ -3,5 +3,5 @@
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3u) {
   let i = id.y * p.rowQuads + id.x;
-  if (id.x < p.rowQuads && i < p.quads) { out[i] = x[i]; }
+  if (id.x < p.rowQuads && i < p.quads) { save_out(i, load_x(i)); }
 }

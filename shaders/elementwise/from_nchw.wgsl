@@ -2,7 +2,7 @@
 // Turns what clients send (NCHW) into the layout of activations (NHWC, channels padded to quads); with `add` it sums a
 // residual into an activation. An invocation owns one output quad.
 
-fn srcAt(i: u32) -> f32 { return dec(src[i / 4u])[i % 4u]; }
+fn srcAt(i: u32) -> f32 { return load_src(i / 4u)[i % 4u]; }
 
 @compute @workgroup_size(64)
 fn main(@builtin(global_invocation_id) id: vec3u) {
@@ -16,6 +16,6 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     if (c < p.channels) { v[i] = srcAt((image * p.channels + c) * p.tokens + token); }
   }
   let at = (image * p.tokens + token) * p.quads + quad;
-  if (HAS_add) { v += dec(add[at]); }
-  out[at] = enc(v);
+  if (HAS_add) { v += load_add(at); }
+  save_out(at, v);
 }

@@ -7,7 +7,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   let quad = id.y;
   let image = id.z;
   if (token >= p.tokens) { return; }
-  let v = dec(x[(image * p.tokens + token) * p.quads + quad]);
+  let v = load_x((image * p.tokens + token) * p.quads + quad);
   for (var i = 0u; i < 4u; i++) {
     let c = quad * 4u + i;
     if (c < p.channels) { out[(image * p.channels + c) * p.tokens + token] = v[i]; }

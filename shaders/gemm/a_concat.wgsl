@@ -13,6 +13,6 @@ fn rowAt(image: u32, m: u32) -> Row {
 fn seek(row: Row, tap: u32) -> Row { return row; }
 
 fn loadA(row: Row, c: u32) -> vec4f {
-  if (c < p.split) { return dec(x[row.base + c]); }
-  return dec(x2[row.base2 + c - p.split]);
+  if (c < p.split) { return load_x(row.base + c); }
+  return load_x2(row.base2 + c - p.split);
 }

@@ -23,5 +23,5 @@ fn seek(row: Row, tap: u32) -> Source {
 }
 
 fn loadA(source: Source, c: u32) -> vec4f {
-  return select(vec4f(0.0), dec(x[source.base + c]), source.inside);
+  return select(vec4f(0.0), load_x(source.base + c), source.inside);
 }

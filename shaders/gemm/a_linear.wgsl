@@ -9,4 +9,4 @@ fn rowAt(image: u32, m: u32) -> Row { return Row((image * p.m + m) * p.kQuads); 
 fn seek(row: Row, tap: u32) -> Row { return row; }
 
 // Values 4c .. 4c+3 of the row.
-fn loadA(row: Row, c: u32) -> vec4f { return dec(x[row.base + c]); }
+fn loadA(row: Row, c: u32) -> vec4f { return load_x(row.base + c); }

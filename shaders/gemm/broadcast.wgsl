@@ -24,21 +24,19 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   var b = group.x * TAPS * p.kQuads * 32u + lane;
   for (var tap = 0u; tap < TAPS; tap++) {
     let source = seek(row, tap);
-    for (var c = 0u; c < p.kQuads; c += 2u) {
-      for (var q = 0u; q < 2u; q++) {
-        outer(&acc, loadA(source, c + q), array(dec(w[b]), dec(w[b + 8u]), dec(w[b + 16u]), dec(w[b + 24u])));
-        b += 32u;
-      }
+    // One quad of k per turn: unrolled by two, lavapipe is 4 % (f16) to 40 % (f32) slower and compiles longer.
+    for (var c = 0u; c < p.kQuads; c++) {
+      outer(&acc, loadA(source, c), array(dec(w[b]), dec(w[b + 8u]), dec(w[b + 16u]), dec(w[b + 24u])));
+      b += 32u;
     }
   }
 
   let blocks = loraBlocks(image);
-  for (var i = blocks.x; i < blocks.x + blocks.y; i++) {
-    for (var q = 0u; q < 2u; q++) {
-      let u = q * 32u + lane;
-      outer(&acc, loraT(i, m, q), array(loraUp(i, panel, u), loraUp(i, panel, u + 8u),
-        loraUp(i, panel, u + 16u), loraUp(i, panel, u + 24u)));
-    }
+  for (var half = 0u; half < blocks.y * 2u; half++) {
+    let i = blocks.x + half / 2u;
+    let u = half % 2u * 32u + lane;
+    outer(&acc, loraT(i, m, half % 2u), array(loraUp(i, panel, u), loraUp(i, panel, u + 8u),
+      loraUp(i, panel, u + 16u), loraUp(i, panel, u + 24u)));
   }
 
   for (var r = 0u; r < 8u; r++) { store(image, m0 + r, panel * 8u + lane, acc[r]); }

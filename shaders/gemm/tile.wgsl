@@ -8,7 +8,9 @@ var<workgroup> tileA: array<vec4f, 128>;
 var<workgroup> tileB: array<vec4f, 128>;
 
 fn accumulate(acc: ptr<function, array<array<vec4f, 2>, 8>>, ty: u32, tx: u32) {
-  for (var q = 0u; q < 2u; q++) {
+  // Always 2; a bound the compiler cannot see keeps software drivers from unrolling what takes them 9 s to compile.
+  let quads = min(p.kQuads, 2u);
+  for (var q = 0u; q < quads; q++) {
     var a = array<vec4f, 8>();
     for (var r = 0u; r < 8u; r++) { a[r] = tileA[(ty * 8u + r) * 2u + q]; }
     for (var c = 0u; c < 4u; c++) {
@@ -37,29 +39,29 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   var b = localPanel * k * 8u + column;
   var acc: array<array<vec4f, 2>, 8>;
 
-  for (var tap = 0u; tap < TAPS; tap++) {
-    let source = seek(row, tap);
-    for (var c = 0u; c < p.kQuads; c += 2u) {
-      tileA[index * 2u] = loadA(source, c);
-      tileA[index * 2u + 1u] = loadA(source, c + 1u);
-      tileB[index] = dec(w[b]);
-      tileB[index + 64u] = dec(w[b + 32u]);
-      b += 64u;
+  // The blocks of the low-rank terms are steps behind the last tap, so that `accumulate` is compiled once.
+  let blocks = loraBlocks(image);
+  for (var tap = 0u; tap < TAPS + min(blocks.y, 1u); tap++) {
+    let source = seek(row, min(tap, TAPS - 1u));
+    let steps = select(p.kQuads / 2u, blocks.y, tap == TAPS);
+    for (var step = 0u; step < steps; step++) {
+      if (tap < TAPS) {
+        tileA[index * 2u] = loadA(source, step * 2u);
+        tileA[index * 2u + 1u] = loadA(source, step * 2u + 1u);
+        tileB[index] = dec(w[b]);
+        tileB[index + 64u] = dec(w[b + 32u]);
+        b += 64u;
+      } else {
+        let block = blocks.x + step;
+        tileA[index * 2u] = loraT(block, mine, 0u);
+        tileA[index * 2u + 1u] = loraT(block, mine, 1u);
+        tileB[index] = loraUp(block, p.panel0 + localPanel, column);
+        tileB[index + 64u] = loraUp(block, p.panel0 + localPanel, column + 32u);
+      }
       workgroupBarrier();
       accumulate(&acc, ty, tx);
       workgroupBarrier();
     }
-  }
-
-  let blocks = loraBlocks(image);
-  for (var i = blocks.x; i < blocks.x + blocks.y; i++) {
-    tileA[index * 2u] = loraT(i, mine, 0u);
-    tileA[index * 2u + 1u] = loraT(i, mine, 1u);
-    tileB[index] = loraUp(i, p.panel0 + localPanel, column);
-    tileB[index + 64u] = loraUp(i, p.panel0 + localPanel, column + 32u);
-    workgroupBarrier();
-    accumulate(&acc, ty, tx);
-    workgroupBarrier();
   }
 
   for (var r = 0u; r < 8u; r++) {

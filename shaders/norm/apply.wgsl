@@ -15,12 +15,12 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     let row = image * p.tokens + t;
     var v = vec4f();
     if (HAS_x2 && quad >= p.split) {
-      v = dec(x2[row * (p.quads - p.split) + quad - p.split]);
+      v = load_x2(row * (p.quads - p.split) + quad - p.split);
     } else {
-      v = dec(x[row * p.split + quad]);
+      v = load_x(row * p.split + quad);
     }
     v = v * scale + shift;
     if (SILU) { v = v / (1.0 + exp(-v)); }
-    out[row * p.quads + quad] = enc(v);
+    save_out(row * p.quads + quad, v);
   }
 }

@@ -23,16 +23,16 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   let base = min(row, p.rows - 1u) * p.quads;
   let lane = index % LANES;
   var sum = vec4f(0.0);
-  for (var q = lane; q < p.quads; q += LANES) { sum += dec(x[base + q]); }
+  for (var q = lane; q < p.quads; q += LANES) { sum += load_x(base + q); }
   let mean = reduce(index, dot(sum, vec4f(1.0))) / f32(p.quads * 4u);
   var m2 = vec4f(0.0);
   for (var q = lane; q < p.quads; q += LANES) {
-    let d = dec(x[base + q]) - mean;
+    let d = load_x(base + q) - mean;
     m2 += d * d;
   }
   let rstd = inverseSqrt(reduce(index, dot(m2, vec4f(1.0))) / f32(p.quads * 4u) + p.eps);
   if (row >= p.rows) { return; }
   for (var q = lane; q < p.quads; q += LANES) {
-    out[base + q] = enc((dec(x[base + q]) - mean) * rstd * gamma[q] + beta[q]);
+    save_out(base + q, (load_x(base + q) - mean) * rstd * gamma[q] + beta[q]);
   }
 }

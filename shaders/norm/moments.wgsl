@@ -6,8 +6,8 @@
 
 fn at(image: u32, token: u32, quad: u32) -> vec4f {
   let row = image * p.tokens + token;
-  if (HAS_x2 && quad >= p.split) { return dec(x2[row * (p.quads - p.split) + quad - p.split]); }
-  return dec(x[row * p.split + quad]);
+  if (HAS_x2 && quad >= p.split) { return load_x2(row * (p.quads - p.split) + quad - p.split); }
+  return load_x(row * p.split + quad);
 }
 
 @compute @workgroup_size(16)

@@ -29,7 +29,11 @@ export function checkStep(config: UNetConfig, request: StepRequest, model: strin
   checkFloat('x', x);
   const [images = 0, channels, height = 0, width = 0] = x.shape;
   if (x.shape.length !== 4 || x.shape.includes(0) || channels !== config.inChannels) {
-    refuseShape('x', x, ['N', String(config.inChannels), 'H', 'W'], model, inputCure(config, channels));
+    const cure =
+      x.shape.length === 4 && channels === config.inChannels
+        ? 'no size may be 0'
+        : inputCure(config, channels);
+    refuseShape('x', x, ['N', String(config.inChannels), 'H', 'W'], model, cure);
   }
   checkFloat('timesteps', timesteps, ['F32']);
   if (!sameShape(timesteps.shape, [images])) {
@@ -49,6 +53,21 @@ export function batchKey({ x, context, y, control }: StepRequest): string {
     (control?.[list] ?? []).map((entry) => (entry === null ? '0' : '1')).join(''),
   );
   return `${x.shape.slice(1)}|${context.shape.slice(1)}|${y === undefined ? '' : y.shape[1]}|${pattern.join('/')}`;
+}
+
+/** Requests that one forward cannot hold are a mistake of the caller: ERR_BAD_REQUEST. */
+export function checkBatch(requests: readonly StepRequest[]): void {
+  const [first] = requests;
+  if (first === undefined)
+    throw new UnetdError('ERR_BAD_REQUEST', 'The batch holds no request; send at least one.');
+  const key = batchKey(first);
+  const other = requests.findIndex((request) => batchKey(request) !== key);
+  if (other < 0) return;
+  throw new UnetdError(
+    'ERR_BAD_REQUEST',
+    `Requests 0 and ${other} of the batch cannot run as one forward: x, context, y or the control residuals differ in more than the number of images (${key} and ${batchKey(requests[other]!)}); send them apart.`,
+    { request: other },
+  );
 }
 
 /** What residual each block takes for a latent of this size: input blocks add it to their output, output blocks to the skip. */
@@ -83,9 +102,11 @@ function checkContext(config: UNetConfig, context: TensorData, images: number, m
   const [count, tokens, width] = context.shape;
   if (context.shape.length === 3 && count === images && tokens !== 0 && width === config.contextDim) return;
   const cure =
-    width === config.contextDim || context.shape.length !== 3
-      ? 'send one conditioning per image of x'
-      : 'encode the prompt with the text encoder that belongs to this model';
+    width !== config.contextDim && context.shape.length === 3
+      ? 'encode the prompt with the text encoder that belongs to this model'
+      : tokens === 0
+        ? 'send at least one token'
+        : 'send one conditioning per image of x';
   refuseShape('context', context, [String(images), 'T', String(config.contextDim)], model, cure);
 }
 
@@ -95,20 +116,24 @@ function checkY(config: UNetConfig, y: TensorData | undefined, images: number, m
     if (y === undefined) return;
     throw new UnetdError(
       'ERR_UNEXPECTED_TENSOR',
-      `Model "${model}" has no label embedding, but the request holds "y" of shape [${y.shape}]; leave y out.`,
+      `Model "${model}" has no label embedding, but the request holds "y" of shape [${y.shape.join(', ')}]; leave y out.`,
       { tensor: 'y' },
     );
   }
   if (y === undefined) {
     throw new UnetdError(
       'ERR_MISSING_TENSOR',
-      `Model "${model}" needs the vector conditioning "y" of shape [${images}, ${width}], and the request has none.`,
+      `Model "${model}" needs the vector conditioning "y" of shape [${images}, ${width}], and the request has none; send it as F32 or F16.`,
       { tensor: 'y', expected: [images, width] },
     );
   }
   checkFloat('y', y);
   if (sameShape(y.shape, [images, width])) return;
-  refuseShape('y', y, [String(images), String(width)], model, 'send one vector per image of x');
+  const cure =
+    y.shape[1] === width
+      ? 'send one vector per image of x'
+      : 'make it with the conditioning that belongs to this model';
+  refuseShape('y', y, [String(images), String(width)], model, cure);
 }
 
 function checkControl(
@@ -182,7 +207,7 @@ function checkFloat(name: string, tensor: TensorData, allowed: readonly string[]
   if (data.byteLength === bytes) return;
   throw new UnetdError(
     'ERR_BAD_SHAPE',
-    `Tensor "${name}" of shape [${shape}] and dtype ${dtype} needs ${bytes} bytes, got ${data.byteLength}.`,
+    `Tensor "${name}" of shape [${shape.join(', ')}] and dtype ${dtype} needs ${bytes} bytes, got ${data.byteLength}; send all of it, or the shape it has.`,
     { tensor: name, expected: bytes, actual: data.byteLength },
   );
 }

@@ -8,10 +8,13 @@ import { Arena } from '../gpu/arena.ts';
 import { Device } from '../gpu/device.ts';
 import type { Timing } from '../gpu/plan.ts';
 import { SafetensorsFile } from '../safetensors.ts';
-import { inspectUNet } from '../unet/detect.ts';
-import { Weights, weightBytes } from '../unet/weights.ts';
+import type { UNetConfig } from '../unet/config.ts';
+import { weightBytes } from '../unet/packed.ts';
+import { Weights } from '../unet/weights.ts';
 import { feedsOf, imagesOf, outsOf, shapeOf } from './batch.ts';
-import { checkStep } from './check.ts';
+import { Budget, type MemoryUse } from './budget.ts';
+import { checkBatch, checkStep } from './check.ts';
+import { inspectModel } from './inspect.ts';
 import { LoadedModel } from './model.ts';
 import type {
   AdapterInfo,
@@ -37,6 +40,8 @@ interface Held {
   readonly info: ModelInfo;
   readonly model: LoadedModel;
   lastUse: number;
+  /** Forwards and adapter loads that wait or run. */
+  uses: number;
 }
 
 export class Engine implements EngineApi {
@@ -45,17 +50,16 @@ export class Engine implements EngineApi {
   readonly #arena: Arena;
   readonly #scratch: Arena;
   readonly #options: EngineOptions;
-  readonly #budgetBytes: number;
+  readonly #budget: Budget;
   readonly #models = new Map<string, Held>();
-  /** Bytes of weights that are being loaded. */
-  #loadingBytes = 0;
-  #peakBytes = 0;
   #forwards = 0;
   #images = 0;
   #gpuMs = 0;
   #clock = 0;
   /** The forward in progress; the next one starts behind it. */
   #turn: Promise<unknown> = Promise.resolve();
+  /** The load in progress; models are loaded one after another. */
+  #loading: Promise<unknown> = Promise.resolve();
 
   private constructor(device: Device, options: EngineOptions) {
     this.#device = device;
@@ -65,50 +69,29 @@ export class Engine implements EngineApi {
     this.#arena = new Arena(device, 'arena');
     this.#scratch = new Arena(device, 'lora scratch');
     const most = device.capabilities.software ? totalmem() * SOFTWARE_SHARE : Number.MAX_SAFE_INTEGER;
-    this.#budgetBytes = options.memoryBudgetBytes ?? Math.floor(most);
+    this.#budget = new Budget({
+      limitBytes: options.memoryBudgetBytes ?? Math.floor(most),
+      use: () => this.#memory(),
+      idleBytes: () =>
+        this.#idle().reduce((sum, { info, model }) => sum + info.sizeBytes + model.adapterBytes, 0),
+      evict: () => this.#evictOne(),
+    });
   }
 
   /** Opens the adapter. ERR_NO_ADAPTER. */
   static async create(options: EngineOptions = {}): Promise<Engine> {
-    return new Engine(await Device.open({ adapter: options.adapter }), options);
+    const { adapter, maxBindingBytes } = options;
+    return new Engine(await Device.open({ adapter, maxBindingBytes }), options);
   }
 
-  async loadModel(
+  loadModel(
     source: FileSource,
     dtype: 'auto' | StorageDtype,
     progress: Progress = () => {},
   ): Promise<ModelInfo> {
-    const storage = this.#storageOf(dtype);
-    const held = this.#models.get(source.name);
-    if (held && held.info.version === source.version && (dtype === 'auto' || held.info.dtype === storage))
-      return held.info;
-    if (held) await this.unloadModel(source.name);
-    const file = await SafetensorsFile.open(source.path);
-    try {
-      const shapes = new Map([...file.tensors].map(([name, { shape }]) => [name, shape]));
-      const { config, sources } = inspectUNet(shapes);
-      const sizeBytes = weightBytes(config, storage);
-      await this.#makeRoom(source.name, sizeBytes);
-      this.#loadingBytes += sizeBytes;
-      try {
-        const entryOf = (name: string) => file.tensors.get(sources.get(name)!)!;
-        const weights = await Weights.load(this.#device, storage, config, file, entryOf, (done, total) =>
-          progress('weights', done, total),
-        );
-        const shared = { device: this.#device, arena: this.#arena, scratch: this.#scratch };
-        const poolBytes = Math.min(MAX_POOL_BYTES, Math.floor(this.#budgetBytes * POOL_SHARE));
-        const model = new LoadedModel(shared, config, storage, weights, poolBytes);
-        const { name, version } = source;
-        const info = { model: name, version, dtype: storage, config, sizeBytes: weights.sizeBytes };
-        this.#models.set(name, { info, model, lastUse: ++this.#clock });
-        this.#notePeak();
-        return info;
-      } finally {
-        this.#loadingBytes -= sizeBytes;
-      }
-    } finally {
-      await file.close();
-    }
+    const loading = this.#loading.then(() => this.#load(source, dtype, progress));
+    this.#loading = loading.catch(() => {});
+    return loading;
   }
 
   async unloadModel(model: string): Promise<void> {
@@ -120,8 +103,8 @@ export class Engine implements EngineApi {
   }
 
   async loadAdapter(source: FileSource, model: string): Promise<AdapterInfo> {
-    const facts = await this.#held(model).model.adapters.load(source);
-    this.#notePeak();
+    const facts = await this.#using(model, (held) => held.model.adapters.load(source));
+    this.#budget.notePeak();
     return {
       digest: facts.digest,
       format: facts.format,
@@ -134,18 +117,17 @@ export class Engine implements EngineApi {
   }
 
   forward(batch: Batch): Promise<BatchResult> {
-    const result = this.#turn.then(
-      () => this.#forward(batch),
-      () => this.#forward(batch),
-    );
-    this.#turn = result.catch(() => {});
-    return result;
+    return this.#using(batch.model, () => this.#inTurn(() => this.#forward(batch)));
   }
 
   /** Timestamps of each dispatch of one forward of the batch. */
   profile(batch: Batch): Promise<readonly Timing[]> {
-    const { model, requests, config, loras } = this.#prepare(batch);
-    return model.profile(shapeOf(requests), feedsOf(config, model.storage, requests), loras);
+    return this.#using(batch.model, () =>
+      this.#inTurn(() => {
+        const { model, requests, config, loras } = this.#prepare(batch);
+        return model.profile(shapeOf(requests), feedsOf(config, model.storage, requests), loras);
+      }),
+    );
   }
 
   async stats(): Promise<EngineStats> {
@@ -153,17 +135,11 @@ export class Engine implements EngineApi {
       ...info,
       adapters: model.adapters.resident(),
     }));
-    const { weightBytes: weights, adapterBytes, arenaBytes } = this.#memory();
-    this.#notePeak();
+    this.#budget.notePeak();
+    const { limitBytes: budgetBytes, peakBytes } = this.#budget;
     return {
       device: this.device,
-      memory: {
-        budgetBytes: this.#budgetBytes,
-        weightBytes: weights,
-        adapterBytes,
-        arenaBytes,
-        peakBytes: this.#peakBytes,
-      },
+      memory: { budgetBytes, ...this.#memory(), peakBytes },
       models,
       forwards: this.#forwards,
       images: this.#images,
@@ -188,6 +164,66 @@ export class Engine implements EngineApi {
     return all;
   }
 
+  async #load(source: FileSource, dtype: 'auto' | StorageDtype, progress: Progress): Promise<ModelInfo> {
+    const { name, version } = source;
+    const storage = this.#storageOf(dtype);
+    const held = this.#models.get(name);
+    if (held && held.info.version === version && (dtype === 'auto' || held.info.dtype === storage))
+      return held.info;
+    const file = await SafetensorsFile.open(source.path);
+    try {
+      const { config, entryOf } = inspectModel(name, file);
+      // A file that is no model leaves the one of that name as it was.
+      if (held) await this.unloadModel(name);
+      const sizeBytes = weightBytes(config, storage, this.#device.capabilities.offsetAlignment);
+      const cure = storage === 'f32' ? 'load it as f16, or raise --memory-budget' : 'raise --memory-budget';
+      this.#budget.demand(`The weights of model "${name}" in ${storage}`, sizeBytes, 0, cure);
+      const release = this.#budget.reserve(sizeBytes);
+      try {
+        const weights = await Weights.load(this.#device, storage, config, file, entryOf, (done, total) =>
+          progress('weights', done, total),
+        );
+        const info = { model: name, version, dtype: storage, config, sizeBytes: weights.sizeBytes };
+        const model = this.#modelOf(config, storage, weights);
+        this.#models.set(name, { info, model, lastUse: ++this.#clock, uses: 0 });
+        return info;
+      } finally {
+        release();
+      }
+    } finally {
+      await file.close();
+    }
+  }
+
+  #modelOf(config: UNetConfig, storage: StorageDtype, weights: Weights): LoadedModel {
+    const shared = {
+      device: this.#device,
+      arena: this.#arena,
+      scratch: this.#scratch,
+      budget: this.#budget,
+    };
+    const share = Math.min(MAX_POOL_BYTES, this.#budget.limitBytes * POOL_SHARE);
+    const poolBytes = Math.floor(this.#options.adapterBudgetBytes ?? share);
+    return new LoadedModel(shared, config, storage, weights, poolBytes);
+  }
+
+  /** Keeps the model from being let go while `work` waits or runs. ERR_MODEL_NOT_LOADED. */
+  async #using<T>(model: string, work: (held: Held) => Promise<T>): Promise<T> {
+    const held = this.#held(model);
+    held.uses += 1;
+    try {
+      return await work(held);
+    } finally {
+      held.uses -= 1;
+    }
+  }
+
+  #inTurn<T>(work: () => Promise<T>): Promise<T> {
+    const result = this.#turn.then(work);
+    this.#turn = result.catch(() => {});
+    return result;
+  }
+
   async #forward(batch: Batch): Promise<BatchResult> {
     const { model, requests, config, loras } = this.#prepare(batch);
     const shape = shapeOf(requests);
@@ -202,7 +238,7 @@ export class Engine implements EngineApi {
     this.#forwards += 1;
     this.#images += shape.images;
     this.#gpuMs += gpuMs;
-    this.#notePeak();
+    this.#budget.notePeak();
     return { outs: outsOf(config, requests, out), gpuMs };
   }
 
@@ -211,6 +247,7 @@ export class Engine implements EngineApi {
     held.lastUse = ++this.#clock;
     const { config } = held.info;
     const requests = given.map((request) => checkStep(config, request, name));
+    checkBatch(requests);
     const loras = requests.flatMap((request) =>
       Array.from({ length: imagesOf(request) }, () => request.loras),
     );
@@ -240,36 +277,26 @@ export class Engine implements EngineApi {
     return wanted;
   }
 
-  /** Unloads idle models, least recently used first, until the budget has room. ERR_OUT_OF_MEMORY. */
-  async #makeRoom(name: string, needed: number): Promise<void> {
-    const used = (): number => {
-      const memory = this.#memory();
-      return memory.weightBytes + memory.adapterBytes + memory.arenaBytes + this.#loadingBytes;
-    };
-    while (used() + needed > this.#budgetBytes) {
-      const idle = [...this.#models].sort(([, a], [, b]) => a.lastUse - b.lastUse)[0];
-      if (!idle)
-        throw new UnetdError(
-          'ERR_OUT_OF_MEMORY',
-          `Model "${name}" needs ${needed} bytes on the GPU, ${used()} of the budget of ${this.#budgetBytes} are in use; raise --memory-budget or load it as f16`,
-          { needed, used: used(), budget: this.#budgetBytes },
-        );
-      await this.unloadModel(idle[0]);
-    }
+  /** Models without requests, least recently used first. */
+  #idle(): readonly Held[] {
+    const idle = [...this.#models.values()].filter(({ uses }) => uses === 0);
+    return idle.sort((a, b) => a.lastUse - b.lastUse);
   }
 
-  #memory(): { weightBytes: number; adapterBytes: number; arenaBytes: number } {
+  #evictOne(): boolean {
+    const [oldest] = this.#idle();
+    if (!oldest) return false;
+    this.#models.delete(oldest.info.model);
+    oldest.model.close();
+    return true;
+  }
+
+  #memory(): MemoryUse {
     const models = [...this.#models.values()];
     return {
       weightBytes: models.reduce((sum, { info }) => sum + info.sizeBytes, 0),
       adapterBytes: models.reduce((sum, { model }) => sum + model.adapterBytes, 0),
       arenaBytes: this.#arena.sizeBytes + this.#scratch.sizeBytes,
     };
-  }
-
-  #notePeak(): void {
-    const memory = this.#memory();
-    const now = memory.weightBytes + memory.adapterBytes + memory.arenaBytes + this.#loadingBytes;
-    this.#peakBytes = Math.max(this.#peakBytes, now);
   }
 }

@@ -15,10 +15,14 @@ import type { Layer, UNetConfig } from '../unet/config.ts';
 import { layersOf } from '../unet/layers.ts';
 import { planUNet, type UNetPlan, type UNetShape } from '../unet/plan.ts';
 import type { Weights } from '../unet/weights.ts';
+import type { Budget } from './budget.ts';
 import type { LoraUse } from './types.ts';
 
 /** Plans kept per model; each holds a parameter buffer and bind groups, all share one arena. */
 const MAX_PLANS = 16;
+
+/** Most adapters change few of the layers, and so few of the pages: more of them make the whole budget of use. */
+const PAGES_PER_BINDING = 4;
 
 /** Buffers that all models of a device share, since forwards run one after another. */
 export interface Shared {
@@ -26,6 +30,7 @@ export interface Shared {
   readonly arena: Arena;
   /** T of the low-rank terms: alive from a down projection to the layer behind it. */
   readonly scratch: Arena;
+  readonly budget: Budget;
 }
 
 interface ReadyPlan {
@@ -60,16 +65,22 @@ export class LoadedModel {
   readonly #table: Arena;
   readonly #plans = new Map<string, ReadyPlan>();
 
-  /** `poolBytes` bounds the adapters; the pool is cut into as many pages as the largest binding makes necessary. */
+  /** `poolBytes` bounds the adapters; the pool is cut into so many pages that the largest binding does not. */
   constructor(shared: Shared, config: UNetConfig, storage: Storage, weights: Weights, poolBytes: number) {
     this.config = config;
     this.storage = storage;
     this.weights = weights;
     this.#shared = shared;
     this.#layers = layersOf(config);
-    const pages = Math.max(1, Math.min(64, ceilDiv(poolBytes, shared.device.capabilities.maxBindingBytes)));
-    this.#pool = new AdapterPool(shared.device, storage, this.#layers, pages);
-    this.adapters = new AdapterRegistry(config, this.#pool, poolBytes);
+    const least = ceilDiv(poolBytes, shared.device.capabilities.maxBindingBytes);
+    const pages = Math.max(1, Math.min(this.#layers.length, least * PAGES_PER_BINDING));
+    const { budget } = shared;
+    this.#pool = new AdapterPool(shared.device, storage, this.#layers, {
+      pages,
+      limitBytes: poolBytes,
+      spareBytes: () => budget.spareBytes,
+    });
+    this.adapters = new AdapterRegistry(config, this.#pool, poolBytes, (bytes) => budget.makeRoom(bytes));
     this.#table = new Arena(shared.device, 'lora table');
   }
 
@@ -136,6 +147,7 @@ export class LoadedModel {
   close(): void {
     for (const ready of this.#plans.values()) closePlan(ready);
     this.#plans.clear();
+    this.adapters.close();
     this.#pool.close();
     this.#table.close();
     this.weights.close();
@@ -155,8 +167,21 @@ export class LoadedModel {
       }
     }
     this.#plans.set(key, ready);
-    await this.#shared.arena.ensure(ready.plan.arenaBytes);
+    await this.#ensure(this.#shared.arena, ready.plan.arenaBytes, 'The activations of this forward');
     return ready;
+  }
+
+  /** Grows a shared buffer within the budget. ERR_OUT_OF_MEMORY. */
+  async #ensure(arena: Arena, sizeBytes: number, what: string): Promise<void> {
+    if (sizeBytes <= arena.sizeBytes) return;
+    const { budget } = this.#shared;
+    budget.demand(
+      what,
+      sizeBytes,
+      arena.sizeBytes,
+      'use a smaller batch or latent, or raise --memory-budget',
+    );
+    await arena.ensure(sizeBytes);
   }
 
   async #compile(shape: UNetShape): Promise<ReadyPlan> {
@@ -192,7 +217,7 @@ export class LoadedModel {
           { needed: table.scratchBytes, limit: maxBindingBytes },
         );
       await this.#table.ensure(table.words.byteLength);
-      await scratch.ensure(table.scratchBytes);
+      await this.#ensure(scratch, table.scratchBytes, 'The LoRA stacks of this batch');
       device.gpu.queue.writeBuffer(this.#table.buffer, 0, table.words.buffer);
     }
     const { x, time, context, y, control } = unet.feeds;

@@ -110,6 +110,10 @@ export interface EngineOptions {
   readonly adapter?: string;
   /** GPU bytes for weights, adapters and activations. */
   readonly memoryBudgetBytes?: number;
+  /** GPU bytes for the adapters of one model; a quarter of the budget, at most 4 GiB, unless told. */
+  readonly adapterBudgetBytes?: number;
+  /** Lowers the largest binding of the adapter, to try the splitting of large tensors where bindings are large. */
+  readonly maxBindingBytes?: number;
   /** Most images of one forward. */
   readonly maxBatch?: number;
   /** Storage of every model, whatever a load asks for. */
@@ -125,13 +129,13 @@ export interface EngineHealth {
 
 export interface EngineApi {
   readonly device: DeviceInfo;
-  /** Loads a UNet; a loaded one of the same version and dtype returns at once. ERR_MODEL_INVALID, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY, ERR_BAD_DTYPE. */
+  /** Loads a UNet; a loaded one of the same version and dtype returns at once. ERR_MODEL_INVALID, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY, ERR_TOO_LARGE, ERR_BAD_DTYPE. */
   loadModel(source: FileSource, dtype: 'auto' | StorageDtype, progress?: Progress): Promise<ModelInfo>;
   /** ERR_MODEL_NOT_LOADED. The caller makes sure that no request runs. */
   unloadModel(model: string): Promise<void>;
   /** Parses a LoRA file for a loaded model and puts it on the GPU; one loaded in the same version returns at once. ERR_LORA_*, ERR_SAFETENSORS, ERR_MODEL_NOT_LOADED, ERR_OUT_OF_MEMORY. */
   loadAdapter(source: FileSource, model: string): Promise<AdapterInfo>;
-  /** Runs one batch. All adapters must be loaded. ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_DEVICE_LOST. */
+  /** Runs one batch. All adapters must be loaded. ERR_MODEL_NOT_LOADED, ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_TOO_LARGE, ERR_GPU, ERR_DEVICE_LOST, and as `checkStep`. */
   forward(batch: Batch): Promise<BatchResult>;
   stats(): Promise<EngineStats>;
   close(): Promise<void>;

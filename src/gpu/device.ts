@@ -32,7 +32,16 @@ export interface DeviceOptions {
   readonly backend?: 'null' | undefined;
   /** Lowers the largest binding, to try the splitting of large tensors on any adapter. */
   readonly maxBindingBytes?: number | undefined;
+  /** Asks for no more than the limits that WebGPU guarantees everywhere, to prove that plans keep within them. */
+  readonly defaultLimits?: boolean | undefined;
 }
+
+/** The backend Dawn's node bindings choose; an adapter does not tell its own. */
+const PLATFORM_BACKENDS: Readonly<Record<string, string>> = {
+  linux: 'vulkan',
+  darwin: 'metal',
+  win32: 'd3d12',
+};
 
 const INSTALL_HINT =
   'install a Vulkan driver (your GPU vendor\'s, or Mesa\'s software driver: "npm run driver" does it on Debian)';
@@ -98,7 +107,7 @@ export class Device {
     const { info } = adapter;
     this.adapter = {
       name: info.description || info.device || 'unnamed adapter',
-      backend: options.backend ?? 'auto',
+      backend: options.backend ?? PLATFORM_BACKENDS[process.platform] ?? 'unknown',
       features: [...gpu.features].sort(),
     };
     const fixed = info.subgroupMinSize === info.subgroupMaxSize && gpu.features.has('subgroups');
@@ -136,7 +145,7 @@ export class Device {
       'maxComputeInvocationsPerWorkgroup',
       'maxStorageBuffersPerShaderStage',
     ] as const)
-      requiredLimits[name] = adapter.limits[name];
+      if (!options.defaultLimits) requiredLimits[name] = adapter.limits[name];
     const gpu = await adapter.requestDevice({
       requiredFeatures: wanted.filter((feature) => adapter.features.has(feature)),
       requiredLimits,

@@ -12,7 +12,10 @@ export type Storage = 'f32' | 'f16';
 export const storageBytes = (storage: Storage): number => (storage === 'f16' ? 2 : 4);
 
 export interface BindingSpec {
-  /** WGSL store type, e.g. `array<Quad>` (four consecutive stored values) or `array<vec4f>`. */
+  /**
+   * WGSL store type, e.g. `array<Quad>` (four consecutive stored values) or `array<vec4f>`. A binding of Quads is read with
+   * `load_NAME(i)` and written with `save_NAME(i, v)`, whichever way its operand is stored.
+   */
   readonly type: string;
   readonly access: 'read' | 'read_write';
   /** An absent optional operand leaves `HAS_name = false` and costs no binding. */
@@ -62,6 +65,8 @@ export interface Virtual {
   readonly id: number;
   readonly label: string;
   readonly sizeBytes: number;
+  /** Holds f32 whatever the storage of the plan. */
+  readonly wide?: boolean;
 }
 
 /** A buffer with an owner outside the plan. `current` may change between runs: the plan binds it anew when it does. */

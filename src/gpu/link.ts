@@ -4,7 +4,7 @@
  */
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import type { Dispatch, Kernel, Storage } from './kernel.ts';
+import type { BindingSpec, Dispatch, Kernel, Storage } from './kernel.ts';
 
 const SHADERS = fileURLToPath(new URL('../../shaders/', import.meta.url));
 
@@ -19,11 +19,18 @@ export interface Linked {
 /** The choices that make a module: everything of a dispatch but operands' places, params and grid. */
 export type Recipe = Pick<Dispatch, 'kernel' | 'variant' | 'choices' | 'constants'> & {
   readonly operandNames: readonly string[];
+  /** Operands that hold f32 in a plan of another storage. */
+  readonly wide: readonly string[];
 };
 
 export function recipeOf(dispatch: Dispatch): Recipe {
   const { kernel, variant, choices, constants } = dispatch;
-  return { kernel, variant, choices, constants, operandNames: Object.keys(dispatch.operands) };
+  const operandNames = Object.keys(dispatch.operands);
+  const wide = operandNames.filter((name) => {
+    const operand = dispatch.operands[name];
+    return operand?.kind === 'virtual' && operand.wide === true;
+  });
+  return { kernel, variant, choices, constants, operandNames, wide };
 }
 
 /** Equal keys link to equal modules. */
@@ -33,7 +40,10 @@ export function recipeKey(recipe: Recipe, storage: Storage): string {
       .sort()
       .map((name) => `${name}=${record[name]}`)
       .join(',');
-  const operands = [...recipe.operandNames].sort().join(',');
+  const operands = recipe.operandNames
+    .map((name) => (recipe.wide.includes(name) ? `${name}:f32` : name))
+    .sort()
+    .join(',');
   return `${recipe.kernel.name}/${recipe.variant}/${storage}/${entries(recipe.choices)}/${entries(recipe.constants)}/${operands}`;
 }
 
@@ -88,13 +98,25 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
   lines.push(`struct Params { ${fields.join(', ')} }`, '@group(0) @binding(0) var<uniform> p: Params;');
   for (const [name, spec] of Object.entries(kernel.bindings)) {
     const index = bound.indexOf(name);
+    const wide = recipe.wide.includes(name);
     if (index >= 0) {
-      lines.push(`@group(0) @binding(${index + 1}) var<storage, ${spec.access}> ${name}: ${spec.type};`);
+      const type = wide ? spec.type.replace('Quad', 'vec4f') : spec.type;
+      lines.push(`@group(0) @binding(${index + 1}) var<storage, ${spec.access}> ${name}: ${type};`);
     } else if (spec.optional) {
       // Stands in for the absent operand so that code behind `if (HAS_name)` compiles and is dropped.
       lines.push(`var<private> ${name}: ${spec.type.replace(/>$/, ', 1>')};`);
     } else throw new Error(`kernel ${kernel.name} needs the operand ${name}`);
     if (spec.optional) lines.push(`const HAS_${name} = ${index >= 0};`);
+    if (spec.type === 'array<Quad>') lines.push(...accessors(name, spec, wide));
   }
   return lines;
+}
+
+/** How a binding of Quads is read and written: packed as the storage says, or f32 as it is. */
+function accessors(name: string, { access }: BindingSpec, wide: boolean): string[] {
+  // The parameters must not hide a binding of the same name.
+  const at = `${name}[index_]`;
+  const load = `fn load_${name}(index_: u32) -> vec4f { return ${wide ? at : `dec(${at})`}; }`;
+  const save = `fn save_${name}(index_: u32, value_: vec4f) { ${at} = ${wide ? 'value_' : 'enc(value_)'}; }`;
+  return access === 'read' ? [load] : [load, save];
 }

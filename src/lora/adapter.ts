@@ -33,9 +33,9 @@ const PICKLES: ReadonlySet<string> = new Set(['.pt', '.pth', '.ckpt', '.bin', '.
 
 /**
  * Opens and parses a LoRA file. Errors of `parseAdapter`; ERR_LORA_UNSUPPORTED for pickles (`.pt`, `.ckpt`, `.bin`),
- * which are refused by name, unopened.
+ * which are refused by name, unopened. `name` is what messages call it, the file's own name unless told.
  */
-export async function openAdapter(path: string, config: UNetConfig): Promise<Adapter> {
+export async function openAdapter(path: string, config: UNetConfig, name?: string): Promise<Adapter> {
   const extension = extname(path).toLowerCase();
   if (PICKLES.has(extension)) {
     throw new UnetdError(
@@ -46,7 +46,7 @@ export async function openAdapter(path: string, config: UNetConfig): Promise<Ada
   }
   const file = await SafetensorsFile.open(path);
   try {
-    return await parseAdapter(file, config);
+    return await parseAdapter(file, config, name);
   } finally {
     await file.close();
   }

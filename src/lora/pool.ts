@@ -5,18 +5,12 @@
  */
 import { UnetdError } from '../errors.ts';
 import { type Device, Usage } from '../gpu/device.ts';
-import { ceilDiv, type Resident, type Storage, storageBytes } from '../gpu/kernel.ts';
+import { type Resident, type Storage, storageBytes } from '../gpu/kernel.ts';
 import { fromF32 } from '../half.ts';
-import { PANEL, RANK_BLOCK } from '../kernels/gemm.ts';
 import type { Layer } from '../unet/config.ts';
-import { storedChannels } from '../unet/draft.ts';
 import type { Adapter, AdapterLayer } from './adapter.ts';
-
-/** Quads of one block of 8 ranks of a layer: `down` [k][8] then `up` [panels][8][32]. */
-interface BlockSize {
-  readonly down: number;
-  readonly up: number;
-}
+import { blockCount, blockSize, quadsOf, writeBlocks } from './blocks.ts';
+import { Stretches } from './stretches.ts';
 
 /** Where the blocks of one layer of an adapter lie, in quads from the start of the page. */
 export interface PlacedLayer {
@@ -30,36 +24,52 @@ export interface PlacedAdapter {
   readonly sizeBytes: number;
 }
 
+export interface PoolOptions {
+  /** Groups of about equal size; each page may grow to the largest binding of the adapter. */
+  readonly pages: number;
+  /** Most bytes of all pages together. */
+  readonly limitBytes?: number;
+  /** GPU bytes that may be taken now, asked for at each growth. */
+  readonly spareBytes?: () => number;
+}
+
+interface Part {
+  readonly layer: AdapterLayer;
+  readonly slot: number;
+  readonly quads: number;
+}
+
 interface Region {
-  readonly page: number;
+  readonly page: Page;
   readonly offset: number;
   readonly quads: number;
 }
 
 interface Page {
   buffer: GPUBuffer | undefined;
-  /** Free stretches in quads, ascending, never touching. */
-  free: { offset: number; quads: number }[];
-  quads: number;
+  readonly stretches: Stretches;
 }
 
-const FIRST_PAGE_BYTES = 1024 * 1024;
+const FIRST_PAGE_BYTES = 64 * 1024;
 
 export class AdapterPool {
   readonly #device: Device;
   readonly #storage: Storage;
   readonly #layers: readonly Layer[];
+  readonly #options: PoolOptions;
   readonly #slots: ReadonlyMap<string, number>;
   readonly #pageOf: readonly number[];
-  readonly #pages: Page[];
+  readonly #pages: readonly Page[];
   readonly #regions = new Map<PlacedAdapter, readonly Region[]>();
+  #closed = false;
 
-  /** `pages` groups of about equal size; each page may grow to the largest binding of the adapter. */
-  constructor(device: Device, storage: Storage, layers: readonly Layer[], pages: number) {
+  constructor(device: Device, storage: Storage, layers: readonly Layer[], options: PoolOptions) {
     this.#device = device;
     this.#storage = storage;
     this.#layers = layers;
+    this.#options = options;
     this.#slots = new Map(layers.map((layer, slot) => [layer.id, slot]));
+    const { pages } = options;
     const sizes = layers.map((layer) => quadsOf(blockSize(layer)));
     const total = sizes.reduce((a, b) => a + b, 0);
     let before = 0;
@@ -68,7 +78,7 @@ export class AdapterPool {
       before += size;
       return page;
     });
-    this.#pages = Array.from({ length: pages }, () => ({ buffer: undefined, free: [], quads: 0 }));
+    this.#pages = Array.from({ length: pages }, () => ({ buffer: undefined, stretches: new Stretches() }));
   }
 
   /** GPU bytes of all pages, used or not. */
@@ -78,48 +88,37 @@ export class AdapterPool {
 
   /** GPU bytes the adapter would take. */
   bytesOf(adapter: Adapter): number {
-    let quads = 0;
-    for (const layer of adapter.layers)
-      quads += ceilDiv(layer.rank, RANK_BLOCK) * quadsOf(blockSize(this.#layerOf(layer)));
-    return quads * this.#quadBytes;
+    return adapter.layers.reduce((sum, layer) => sum + this.#partOf(layer).quads, 0) * this.#quadBytes;
   }
 
-  /** Uploads an adapter; undefined where a page has no room, so that the owner can let another adapter go. */
-  add(adapter: Adapter): PlacedAdapter | undefined {
-    const byPage = new Map<number, { layer: AdapterLayer; slot: number; blocks: number; quads: number }[]>();
-    for (const layer of adapter.layers) {
-      const slot = this.#slotOf(layer);
-      const blocks = ceilDiv(layer.rank, RANK_BLOCK);
-      const quads = blocks * quadsOf(blockSize(this.#layers[slot]!));
-      const page = this.#pageOf[slot]!;
-      byPage.set(page, [...(byPage.get(page) ?? []), { layer, slot, blocks, quads }]);
+  /**
+   * Uploads an adapter; undefined where a page has no room, so that the owner can let another adapter go. One call at a
+   * time: the owner waits for the last.
+   */
+  async add(adapter: Adapter): Promise<PlacedAdapter | undefined> {
+    const byPage = new Map<Page, Part[]>();
+    for (const part of adapter.layers.map((layer) => this.#partOf(layer))) {
+      const page = this.#pages[this.#pageOf[part.slot]!]!;
+      const parts = byPage.get(page) ?? [];
+      parts.push(part);
+      byPage.set(page, parts);
     }
     const regions: Region[] = [];
     const layers = new Map<number, PlacedLayer>();
     for (const [page, parts] of byPage) {
-      const quads = parts.reduce((sum, part) => sum + part.quads, 0);
-      const offset = this.#allocate(page, quads);
-      if (offset === undefined) {
-        for (const region of regions) this.#release(region);
-        return undefined;
+      let hasRoom = await this.#prepare(page, parts);
+      for (const part of parts) {
+        // Layer by layer, so that holes between other adapters are of use.
+        const offset = hasRoom ? await this.#take(page, part.quads) : undefined;
+        hasRoom = offset !== undefined;
+        if (offset === undefined) continue;
+        regions.push({ page, offset, quads: part.quads });
+        this.#write(page, part, offset);
+        layers.set(part.slot, this.#placed(part, offset));
       }
-      regions.push({ page, offset, quads });
-      const values = new Float32Array(quads * 4);
-      let at = 0;
-      for (const { layer, slot, blocks, quads: size } of parts) {
-        const { down, up } = blockSize(this.#layers[slot]!);
-        writeBlocks(values, at * 4, layer, this.#layers[slot]!, blocks);
-        layers.set(slot, {
-          scale: layer.scale,
-          blocks: Array.from({ length: blocks }, (_, b) => {
-            const start = offset + at + b * (down + up);
-            return { down: start, up: start + down };
-          }),
-        });
-        at += size;
-      }
-      const bytes = fromF32(this.#storage === 'f16' ? 'F16' : 'F32', values);
-      this.#device.gpu.queue.writeBuffer(this.#pages[page]!.buffer!, offset * this.#quadBytes, bytes);
+      if (hasRoom) continue;
+      for (const region of regions) region.page.stretches.give(region);
+      return undefined;
     }
     const placed = { layers, sizeBytes: regions.reduce((sum, r) => sum + r.quads, 0) * this.#quadBytes };
     this.#regions.set(placed, regions);
@@ -127,7 +126,7 @@ export class AdapterPool {
   }
 
   remove(placed: PlacedAdapter): void {
-    for (const region of this.#regions.get(placed) ?? []) this.#release(region);
+    for (const region of this.#regions.get(placed) ?? []) region.page.stretches.give(region);
     this.#regions.delete(placed);
   }
 
@@ -142,6 +141,7 @@ export class AdapterPool {
   }
 
   close(): void {
+    this.#closed = true;
     for (const page of this.#pages) page.buffer?.destroy();
     this.#regions.clear();
   }
@@ -150,105 +150,99 @@ export class AdapterPool {
     return 4 * storageBytes(this.#storage);
   }
 
-  #slotOf({ layer }: AdapterLayer): number {
-    const slot = this.#slots.get(layer);
-    if (slot === undefined) throw new UnetdError('ERR_LORA_MISMATCH', `The model has no layer ${layer}`);
-    return slot;
+  #partOf(layer: AdapterLayer): Part {
+    const slot = this.#slots.get(layer.layer);
+    if (slot === undefined)
+      throw new UnetdError('ERR_LORA_MISMATCH', `The model has no layer ${layer.layer}`);
+    return { layer, slot, quads: blockCount(layer.rank) * quadsOf(blockSize(this.#layers[slot]!)) };
   }
 
-  #layerOf(layer: AdapterLayer): Layer {
-    return this.#layers[this.#slotOf(layer)]!;
+  #placed({ layer, slot }: Part, start: number): PlacedLayer {
+    const { down, up } = blockSize(this.#layers[slot]!);
+    const blocks = Array.from({ length: blockCount(layer.rank) }, (_, b) => {
+      const at = start + b * (down + up);
+      return { down: at, up: at + down };
+    });
+    return { scale: layer.scale, blocks };
   }
 
-  #allocate(index: number, quads: number): number | undefined {
-    const page = this.#pages[index]!;
-    const fits = (): { offset: number; quads: number } | undefined => page.free.find((f) => f.quads >= quads);
-    const stretch = fits() ?? (this.#grow(page, quads) ? fits() : undefined);
-    if (!stretch) return undefined;
-    const { offset } = stretch;
-    stretch.offset += quads;
-    stretch.quads -= quads;
-    page.free = page.free.filter((f) => f.quads > 0);
-    return offset;
+  #write(page: Page, { layer, slot, quads }: Part, offset: number): void {
+    const values = new Float32Array(quads * 4);
+    writeBlocks(values, 0, layer, this.#layers[slot]!);
+    const bytes = fromF32(this.#storage === 'f16' ? 'F16' : 'F32', values);
+    this.#device.gpu.queue.writeBuffer(page.buffer!, offset * this.#quadBytes, bytes);
   }
 
-  /** Doubles a page, or more where `quads` need it; false at the limit of a binding. */
-  #grow(page: Page, quads: number): boolean {
-    const { maxBindingBytes, maxBufferBytes } = this.#device.capabilities;
-    const limit = Math.floor(Math.min(maxBindingBytes, maxBufferBytes) / this.#quadBytes);
-    const wanted = Math.min(
-      limit,
-      Math.max(page.quads * 2, page.quads + quads, FIRST_PAGE_BYTES / this.#quadBytes),
+  /** Grows a page once for many parts; false where it cannot hold them. */
+  async #prepare(page: Page, parts: readonly Part[]): Promise<boolean> {
+    const { size, end, free } = page.stretches;
+    const wanted = parts.reduce((sum, { quads }) => sum + quads, 0);
+    const holes = free.reduce((sum, { quads }) => sum + quads, 0) - (size - end);
+    const missing = wanted - holes;
+    return end + missing <= size || this.#grow(page, missing);
+  }
+
+  async #take(page: Page, quads: number): Promise<number | undefined> {
+    return (
+      page.stretches.take(quads) ?? ((await this.#grow(page, quads)) ? page.stretches.take(quads) : undefined)
     );
-    const last = page.free.at(-1);
-    const tail = last && last.offset + last.quads === page.quads ? last.quads : 0;
-    if (wanted - page.quads + tail < quads) return false;
+  }
+
+  /** Doubles a page, or more where `quads` need it; false at the limit of a binding, of the pool or of the GPU. */
+  async #grow(page: Page, quads: number): Promise<boolean> {
+    const { maxBindingBytes, maxBufferBytes } = this.#device.capabilities;
+    const { size, end } = page.stretches;
+    const limit = Math.floor(Math.min(maxBindingBytes, maxBufferBytes) / this.#quadBytes);
+    const least = end + quads;
+    if (least > limit) return false;
+    // Pages that shrank in use give their tails back only when another page needs them.
+    if (least - size > this.#spareQuads()) await this.#trim(page);
+    const spare = this.#spareQuads();
+    if (least - size > spare) return false;
+    const wanted = Math.max(size * 2, least, FIRST_PAGE_BYTES / this.#quadBytes);
+    return this.#resize(page, Math.min(limit, size + spare, wanted));
+  }
+
+  #spareQuads(): number {
+    const { limitBytes = Number.POSITIVE_INFINITY, spareBytes } = this.#options;
+    const bytes = Math.min(limitBytes - this.sizeBytes, spareBytes?.() ?? Number.POSITIVE_INFINITY);
+    // Buffers come in whole 16 bytes.
+    return (Math.floor(bytes / 16) * 16) / this.#quadBytes;
+  }
+
+  async #trim(except: Page): Promise<void> {
+    for (const page of this.#pages)
+      if (page !== except && page.stretches.end < page.stretches.size)
+        await this.#resize(page, page.stretches.end);
+  }
+
+  /** Moves a page to a buffer of another size, its contents at the same offsets; false where the GPU has no memory for it. */
+  async #resize(page: Page, quads: number): Promise<boolean> {
     const usage = Usage.STORAGE | Usage.COPY_DST | Usage.COPY_SRC;
-    const buffer = this.#device.createBuffer('adapters', wanted * this.#quadBytes, usage);
-    if (page.buffer) {
+    let buffer: GPUBuffer | undefined;
+    try {
+      if (quads > 0)
+        buffer = await this.#device.guarded('adapters', () =>
+          this.#device.createBuffer('adapters', quads * this.#quadBytes, usage),
+        );
+    } catch (error) {
+      if (UnetdError.from(error).code === 'ERR_OUT_OF_MEMORY') return false;
+      throw error;
+    }
+    if (this.#closed) {
+      buffer?.destroy();
+      return false;
+    }
+    const keep = page.stretches.end * this.#quadBytes;
+    if (page.buffer && buffer && keep > 0) {
       const encoder = this.#device.gpu.createCommandEncoder();
-      encoder.copyBufferToBuffer(page.buffer, 0, buffer, 0, page.quads * this.#quadBytes);
+      encoder.copyBufferToBuffer(page.buffer, 0, buffer, 0, keep);
       this.#device.gpu.queue.submit([encoder.finish()]);
-      page.buffer.destroy();
     }
+    page.buffer?.destroy();
     page.buffer = buffer;
+    page.stretches.resize(quads);
     this.#device.generation += 1;
-    const from = page.quads;
-    page.quads = wanted;
-    release(page, from, wanted - from);
     return true;
-  }
-
-  #release({ page, offset, quads }: Region): void {
-    release(this.#pages[page]!, offset, quads);
-  }
-}
-
-/** Gives a stretch back and joins it with its neighbours. */
-function release(page: Page, offset: number, quads: number): void {
-  const all = [...page.free, { offset, quads }].sort((a, b) => a.offset - b.offset);
-  page.free = [];
-  for (const stretch of all) {
-    const last = page.free.at(-1);
-    if (last && last.offset + last.quads === stretch.offset) last.quads += stretch.quads;
-    else page.free.push({ ...stretch });
-  }
-}
-
-function blockSize({ inFeatures, outFeatures, kernel }: Layer): BlockSize {
-  return {
-    down: (kernel ** 2 * storedChannels(inFeatures) * RANK_BLOCK) / 4,
-    up: (ceilDiv(outFeatures, PANEL) * PANEL * RANK_BLOCK) / 4,
-  };
-}
-
-const quadsOf = ({ down, up }: BlockSize): number => down + up;
-
-/** Lays the matrices of one layer out as blocks; ranks, channels and columns past the end stay 0. */
-function writeBlocks(
-  target: Float32Array,
-  start: number,
-  { rank, down, up }: AdapterLayer,
-  { inFeatures, outFeatures, kernel }: Layer,
-  blocks: number,
-): void {
-  const taps = kernel ** 2;
-  const stored = storedChannels(inFeatures);
-  const panels = ceilDiv(outFeatures, PANEL);
-  let at = start;
-  for (let block = 0; block < blocks; block++) {
-    const ranks = Math.min(RANK_BLOCK, rank - block * RANK_BLOCK);
-    for (let r = 0; r < ranks; r++) {
-      const row = (block * RANK_BLOCK + r) * taps * inFeatures;
-      for (let tap = 0; tap < taps; tap++)
-        for (let c = 0; c < inFeatures; c++)
-          target[at + (tap * stored + c) * RANK_BLOCK + r] = down[row + tap * inFeatures + c]!;
-    }
-    at += taps * stored * RANK_BLOCK;
-    for (let n = 0; n < outFeatures; n++) {
-      const column = at + Math.floor(n / PANEL) * RANK_BLOCK * PANEL + (n % PANEL);
-      for (let r = 0; r < ranks; r++) target[column + r * PANEL] = up[n * rank + block * RANK_BLOCK + r]!;
-    }
-    at += panels * RANK_BLOCK * PANEL;
   }
 }

@@ -15,11 +15,11 @@ export interface AdapterSource {
 }
 
 /** What is known of an adapter without its matrices. */
-export type LoraFacts = Omit<Adapter, 'layers'> & { readonly layerCount: number };
+export type AdapterFacts = Omit<Adapter, 'layers'> & { readonly layerCount: number };
 
 interface Entry {
   readonly source: AdapterSource;
-  readonly facts: LoraFacts;
+  readonly facts: AdapterFacts;
   placed: PlacedAdapter | undefined;
   lastUse: number;
   /** Leases that hold it on the GPU. */
@@ -36,14 +36,27 @@ export class AdapterRegistry {
   readonly #config: UNetConfig;
   readonly #pool: AdapterPool;
   readonly #budgetBytes: number;
+  readonly #makeRoom: (bytes: number) => boolean;
   readonly #entries = new Map<string, Entry>();
+  /** Files are read and placed one after another, so that a stack of many holds one of them in JS memory. */
+  #turn: Promise<unknown> = Promise.resolve();
   #clock = 0;
+  #closed = false;
 
-  /** `budgetBytes` bounds what all adapters together take on the GPU. */
-  constructor(config: UNetConfig, pool: AdapterPool, budgetBytes: number) {
+  /**
+   * `budgetBytes` bounds what all adapters together take on the GPU. `makeRoom` may free other memory once no adapter is
+   * left to let go; false where it cannot.
+   */
+  constructor(
+    config: UNetConfig,
+    pool: AdapterPool,
+    budgetBytes: number,
+    makeRoom: (bytes: number) => boolean = () => false,
+  ) {
     this.#config = config;
     this.#pool = pool;
     this.#budgetBytes = budgetBytes;
+    this.#makeRoom = makeRoom;
   }
 
   /** The adapters that are on the GPU now. */
@@ -54,13 +67,18 @@ export class AdapterRegistry {
   }
 
   /** Parses a file and puts it on the GPU; the same version again returns at once. ERR_LORA_*, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY. */
-  async load(source: AdapterSource): Promise<LoraFacts> {
+  async load(source: AdapterSource): Promise<AdapterFacts> {
     const known = this.#entries.get(source.name);
     if (known?.source.version === source.version && known.placed) return known.facts;
-    return (await this.#place(source)).facts;
+    const entry = await this.#inTurn(() => this.#read(source));
+    this.#unpin(entry);
+    return entry.facts;
   }
 
-  /** The named adapters on the GPU, in order. ERR_UNKNOWN_LORA, and as `load` where one has to be read again. */
+  /**
+   * The named adapters on the GPU, in order. ERR_UNKNOWN_LORA, also where one had to be read again and its file is
+   * another one by now; else as `load`.
+   */
   async use(names: readonly string[]): Promise<Lease> {
     const held: Entry[] = [];
     const release = (): void => {
@@ -68,13 +86,9 @@ export class AdapterRegistry {
     };
     try {
       for (const name of names) {
-        let entry = this.#entries.get(name);
-        if (!entry)
-          throw new UnetdError('ERR_UNKNOWN_LORA', `LoRA "${name}" is not loaded; load it first`, {
-            lora: name,
-          });
-        if (!entry.placed) entry = await this.#place(entry.source);
-        entry.pins += 1;
+        let entry = this.#entries.get(name) ?? unknown(name);
+        if (entry.placed) entry.pins += 1;
+        else entry = await this.#inTurn(() => this.#readAgain(name));
         entry.lastUse = ++this.#clock;
         held.push(entry);
       }
@@ -85,18 +99,56 @@ export class AdapterRegistry {
     return { adapters: held.map((entry) => entry.placed!), release };
   }
 
-  async #place(source: AdapterSource): Promise<Entry> {
-    const adapter = await openAdapter(source.path, this.#config);
-    this.#forget(source.name);
-    const needed = this.#pool.bytesOf(adapter);
-    let placed = this.#fits(needed) ? this.#pool.add(adapter) : undefined;
-    while (!placed && this.#evictOne()) placed = this.#fits(needed) ? this.#pool.add(adapter) : undefined;
-    if (!placed)
-      throw new UnetdError(
-        'ERR_OUT_OF_MEMORY',
-        `LoRA "${source.name}" takes ${needed} bytes on the GPU; adapters may take ${this.#budgetBytes} in all, and none that is not in use is left to make room`,
-        { needed, budget: this.#budgetBytes },
-      );
+  /** Refuses what is being read now; the pool is closed by its owner. */
+  close(): void {
+    this.#closed = true;
+    this.#entries.clear();
+  }
+
+  /** What `work` gives, pinned once, after the files before it. */
+  #inTurn(work: () => Promise<Entry>): Promise<Entry> {
+    const entry = this.#turn.then(work).then((found) => {
+      found.pins += 1;
+      return found;
+    });
+    this.#turn = entry.catch(() => {});
+    return entry;
+  }
+
+  /** The adapter in a file, which takes the place of the one of its name only once it is on the GPU. */
+  async #read(source: AdapterSource): Promise<Entry> {
+    const { name, version } = source;
+    const known = this.#entries.get(name);
+    if (known?.placed && known.source.version === version) return known;
+    const adapter = await openAdapter(source.path, this.#config, name);
+    // The old version is the first to go if room is needed.
+    if (known) known.lastUse = 0;
+    return this.#enter(source, adapter);
+  }
+
+  /** An adapter that had to go, from its file. ERR_UNKNOWN_LORA where that is another one by now. */
+  async #readAgain(name: string): Promise<Entry> {
+    const known = this.#entries.get(name);
+    if (known?.placed) return known;
+    if (!known) return unknown(name);
+    const adapter = await openAdapter(known.source.path, this.#config, name);
+    const expected = known.facts.digest;
+    if (adapter.digest === expected) return this.#enter(known.source, adapter);
+    this.#entries.delete(name);
+    throw new UnetdError(
+      'ERR_UNKNOWN_LORA',
+      `The file of LoRA "${name}" has changed since it was loaded (digest ${expected}, now ${adapter.digest}); load it again`,
+      { lora: name, expected, actual: adapter.digest },
+    );
+  }
+
+  async #enter(source: AdapterSource, adapter: Adapter): Promise<Entry> {
+    this.#refuseClosed(source.name);
+    const placed = await this.#add(adapter, source.name);
+    this.#refuseClosed(source.name);
+    const old = this.#entries.get(source.name);
+    // Leases of the old version keep it until they end.
+    if (old?.placed && old.pins === 0) this.#pool.remove(old.placed);
     const { layers, ...rest } = adapter;
     const facts = { ...rest, layerCount: layers.length };
     const entry = { source, facts, placed, lastUse: ++this.#clock, pins: 0 };
@@ -104,16 +156,40 @@ export class AdapterRegistry {
     return entry;
   }
 
+  /** Puts an adapter into the pool, letting others go for it. ERR_OUT_OF_MEMORY. */
+  async #add(adapter: Adapter, name: string): Promise<PlacedAdapter> {
+    const needed = this.#pool.bytesOf(adapter);
+    if (needed <= this.#budgetBytes) {
+      while (!this.#fits(needed) && this.#evictOne());
+      let placed = this.#fits(needed) ? await this.#pool.add(adapter) : undefined;
+      while (!placed && this.#evictOne()) placed = await this.#pool.add(adapter);
+      if (!placed && this.#makeRoom(needed)) placed = await this.#pool.add(adapter);
+      if (placed) return placed;
+    }
+    const used = this.resident().reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
+    const where =
+      used + needed > this.#budgetBytes
+        ? `the adapters of a model may take ${this.#budgetBytes}, and those that this batch needs beside it take ${used}`
+        : `those that this batch needs beside it take ${used}, and no memory, or no buffer that the GPU can bind, has room for both`;
+    throw new UnetdError(
+      'ERR_OUT_OF_MEMORY',
+      `LoRA "${name}" takes ${needed} bytes on the GPU; ${where}: use fewer or smaller LoRAs at once, or raise --memory-budget`,
+      { lora: name, needed, used, budget: this.#budgetBytes },
+    );
+  }
+
+  #refuseClosed(lora: string): void {
+    if (!this.#closed) return;
+    throw new UnetdError(
+      'ERR_MODEL_NOT_LOADED',
+      `The model was unloaded while LoRA "${lora}" was read for it; load both again`,
+      { lora },
+    );
+  }
+
   #fits(needed: number): boolean {
     const held = this.resident().reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
     return held + needed <= this.#budgetBytes;
-  }
-
-  /** Makes room for a new version of an adapter; leases of the old one keep it until they end. */
-  #forget(name: string): void {
-    const entry = this.#entries.get(name);
-    this.#entries.delete(name);
-    if (entry?.placed && entry.pins === 0) this.#pool.remove(entry.placed);
   }
 
   #unpin(entry: Entry): void {
@@ -133,4 +209,8 @@ export class AdapterRegistry {
     oldest.placed = undefined;
     return true;
   }
+}
+
+function unknown(lora: string): never {
+  throw new UnetdError('ERR_UNKNOWN_LORA', `LoRA "${lora}" is not loaded; load it first`, { lora });
 }

@@ -45,10 +45,15 @@ export async function runSteps(
     }));
   } catch (cause) {
     const error = UnetdError.from(cause);
-    if (error.code === 'ERR_OUT_OF_MEMORY') limits.onOutOfMemory(images);
+    if (isTooMuch(error)) limits.onOutOfMemory(images);
     if (steps.length > 1) return runApart(engine, model, steps, limits, error);
     return [await settle(runAgain(engine, model, first, limits, error))];
   }
+}
+
+/** Whether fewer images at once may do: memory ran out, or a tensor of the batch exceeds a limit of the adapter. */
+function isTooMuch({ code }: UnetdError): boolean {
+  return code === 'ERR_OUT_OF_MEMORY' || code === 'ERR_TOO_LARGE';
 }
 
 /** After a failure of several: halves when memory ran out, else one by one. */
@@ -59,7 +64,7 @@ async function runApart(
   limits: RunLimits,
   error: UnetdError,
 ): Promise<Outcomes> {
-  const size = error.code === 'ERR_OUT_OF_MEMORY' ? Math.ceil(steps.length / 2) : 1;
+  const size = isTooMuch(error) ? Math.ceil(steps.length / 2) : 1;
   const outcomes: PromiseSettledResult<StepOutcome>[] = [];
   for (let start = 0; start < steps.length; start += size) {
     const part = steps.slice(start, start + size);
@@ -80,7 +85,7 @@ async function runAgain(
   limits: RunLimits,
   error: UnetdError,
 ): Promise<StepOutcome> {
-  if (error.code === 'ERR_OUT_OF_MEMORY' && imagesOf(step) > 1) return runHalves(engine, model, step, limits);
+  if (isTooMuch(error) && imagesOf(step) > 1) return runHalves(engine, model, step, limits);
   if (error.code !== 'ERR_MODEL_NOT_LOADED' && error.code !== 'ERR_UNKNOWN_LORA') throw error;
   await limits.reload(model, step);
   const { outs, gpuMs } = await engine.forward({ model, requests: [step] });

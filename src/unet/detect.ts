@@ -138,7 +138,7 @@ function validate(config: UNetConfig, shapes: Shapes): void {
   const absent = [...expected.keys()].filter((name) => !shapes.has(name));
   if (absent.length > 0) {
     const count = `of the ${expected.size} tensors it needs ${absent.length} ${absent.length === 1 ? 'is' : 'are'} missing`;
-    invalid(`The UNet is incomplete: ${count}: ${listed(absent)}`, {
+    invalid(`The UNet is incomplete: ${count}: ${listed(absent)}; download or convert the file again`, {
       missing: absent.slice(0, 100),
       count: absent.length,
     });

@@ -62,6 +62,8 @@ interface LayerOptions {
   readonly add?: Virtual | undefined;
   readonly addPerImage?: boolean;
   readonly silu?: boolean;
+  /** The result is part of the residual stream and kept in f32. */
+  readonly wide?: boolean;
 }
 
 export class Draft {
@@ -79,17 +81,23 @@ export class Draft {
     this.storage = options.storage;
   }
 
-  /** A tensor of `count` stored values. */
-  tensor(label: string, count: number): Virtual {
-    return this.bytes(label, count * storageBytes(this.storage));
+  /** A tensor of `count` values, stored, or f32 in any storage where `wide`. */
+  tensor(label: string, count: number, wide = false): Virtual {
+    const isWide = wide && this.storage !== 'f32';
+    return this.#virtual(label, count * (isWide ? 4 : storageBytes(this.storage)), isWide);
   }
 
   bytes(label: string, sizeBytes: number): Virtual {
-    return { kind: 'virtual', id: this.#ids++, label, sizeBytes: alignTo(sizeBytes, 16) };
+    return this.#virtual(label, sizeBytes, false);
   }
 
-  activation(label: string, channels: number, height: number, width: number): Activation {
-    return { tensor: this.tensor(label, this.images * height * width * channels), channels, height, width };
+  #virtual(label: string, sizeBytes: number, wide: boolean): Virtual {
+    return { kind: 'virtual', id: this.#ids++, label, sizeBytes: alignTo(sizeBytes, 16), wide };
+  }
+
+  activation(label: string, channels: number, height: number, width: number, wide = false): Activation {
+    const tensor = this.tensor(label, this.images * height * width * channels, wide);
+    return { tensor, channels, height, width };
   }
 
   always(...dispatches: readonly Dispatch[]): void {
@@ -100,7 +108,7 @@ export class Draft {
   layer(id: string, x: Virtual, m: number, options: LayerOptions = {}): Virtual {
     const matrix = this.#options.weights.matrix(id);
     const n = storedChannels(matrix.outFeatures);
-    const out = this.tensor(id, this.images * m * n);
+    const out = this.tensor(id, this.images * m * n, options.wide);
     const rows = options.rows ?? { kind: 'linear' };
     const args: Omit<GemmArgs, 'w'> = {
       label: id,
@@ -156,6 +164,7 @@ export class Draft {
       scaleTo?: readonly [number, number];
       add?: Virtual | undefined;
       addPerImage?: boolean;
+      wide?: boolean;
     } = {},
   ): Activation {
     const stride = options.stride ?? 1;
@@ -172,8 +181,8 @@ export class Draft {
       outWidth: width,
       stride,
     };
-    const { add, addPerImage = false } = options;
-    const tensor = this.layer(id, x.tensor, height * width, { rows, add, addPerImage });
+    const { add, addPerImage = false, wide = false } = options;
+    const tensor = this.layer(id, x.tensor, height * width, { rows, add, addPerImage, wide });
     const channels = storedChannels(this.#options.weights.matrix(id).outFeatures);
     return { tensor, channels, height, width };
   }
@@ -246,7 +255,7 @@ export class Draft {
 
   /** The same values in a tensor of their own: one tensor cannot be two operands of a dispatch. */
   copy(label: string, x: Activation): Activation {
-    const out = this.activation(label, x.channels, x.height, x.width);
+    const out = this.activation(label, x.channels, x.height, x.width, x.tensor.wide);
     const count = this.images * tokensOf(x) * x.channels;
     this.always(copyOf({ label, count, x: x.tensor, out: out.tensor }));
     return out;
@@ -262,7 +271,7 @@ export class Draft {
     add?: Activation,
   ): Activation {
     const stored = storedChannels(channels);
-    const out = this.activation(label, stored, height, width);
+    const out = this.activation(label, stored, height, width, add?.tensor.wide);
     const shape = { label, images: this.images, tokens: height * width, channels, storedChannels: stored };
     this.always(fromNchwOf({ ...shape, src, out: out.tensor, ...(add ? { add: add.tensor } : {}) }));
     return out;

@@ -88,7 +88,7 @@ class UNetDrafter {
     const { time, y } = this.#embed();
     let h = draft.fromNchw('x', x, inChannels, height, width);
     h = this.#blocks(h);
-    h = draft.conv3('out.2', draft.groupNorm('out.0', h, RES_EPS, true));
+    h = draft.conv3('out.2', draft.groupNorm('out.0', h, RES_EPS, true), { wide: true });
     const out = draft.bytes('out', images * outChannels * height * width * 4);
     const tokens = tokensOf(h);
     draft.always(
@@ -185,16 +185,16 @@ class UNetDrafter {
   #compute(module: UNetModule, h: Activation, skip?: Activation, next?: Activation): Activation {
     switch (module.kind) {
       case 'conv':
-        return this.#draft.conv3(module.id, h);
+        return this.#draft.conv3(module.id, h, { wide: true });
       case 'res':
         return this.#res(module, h, skip);
       case 'transformer':
         return this.#transformer(module, h);
       case 'down':
-        return this.#draft.conv3(`${module.id}.op`, h, { stride: 2 });
+        return this.#draft.conv3(`${module.id}.op`, h, { stride: 2, wide: true });
       case 'up': {
         const scaleTo = next ? ([next.height, next.width] as const) : ([h.height * 2, h.width * 2] as const);
-        return this.#draft.conv3(`${module.id}.conv`, h, { scaleTo });
+        return this.#draft.conv3(`${module.id}.conv`, h, { scaleTo, wide: true });
       }
     }
   }
@@ -209,10 +209,10 @@ class UNetDrafter {
       const rows = skip
         ? ({ kind: 'concat', x2: skip.tensor, splitChannels: x.channels } as const)
         : ({ kind: 'linear' } as const);
-      straight = draft.layer(`${id}.skip_connection`, x.tensor, tokensOf(x), { rows });
+      straight = draft.layer(`${id}.skip_connection`, x.tensor, tokensOf(x), { rows, wide: true });
     } else if (skip) throw new Error(`${id} concatenates a skip but has no skip_connection`);
     const h = draft.groupNorm(`${id}.out_layers.0`, hidden, RES_EPS, true);
-    return draft.conv3(`${id}.out_layers.3`, h, { add: straight });
+    return draft.conv3(`${id}.out_layers.3`, h, { add: straight, wide: true });
   }
 
   #transformer(module: Transformer, x: Activation): Activation {
@@ -220,9 +220,8 @@ class UNetDrafter {
     const draft = this.#draft;
     const tokens = tokensOf(x);
     const like = (tensor: Virtual): Activation => ({ ...x, tensor });
-    let h = like(
-      draft.layer(`${id}.proj_in`, draft.groupNorm(`${id}.norm`, x, TRANSFORMER_EPS, false).tensor, tokens),
-    );
+    const input = draft.groupNorm(`${id}.norm`, x, TRANSFORMER_EPS, false).tensor;
+    let h = like(draft.layer(`${id}.proj_in`, input, tokens, { wide: true }));
     for (let i = 0; i < depth; i++) {
       const block = `${id}.transformer_blocks.${i}`;
       const normed = draft.layerNorm(`${block}.norm1`, h).tensor;
@@ -235,9 +234,9 @@ class UNetDrafter {
         tokens,
       );
       const gated = draft.geglu(`${block}.ff.net.0`, inner, tokens, x.channels * 4);
-      h = like(draft.layer(`${block}.ff.net.2`, gated, tokens, { add: h.tensor }));
+      h = like(draft.layer(`${block}.ff.net.2`, gated, tokens, { add: h.tensor, wide: true }));
     }
-    return like(draft.layer(`${id}.proj_out`, h.tensor, tokens, { add: x.tensor }));
+    return like(draft.layer(`${id}.proj_out`, h.tensor, tokens, { add: x.tensor, wide: true }));
   }
 
   /** residual + to_out(attention(to_q(x), to_k(context), to_v(context))) */
@@ -255,7 +254,7 @@ class UNetDrafter {
     const k = draft.layer(`${id}.to_k`, context, keys);
     const v = draft.layer(`${id}.to_v`, context, keys);
     const attended = draft.attention(id, heads, headDim, queries, keys, q, k, v);
-    return draft.layer(`${id}.to_out.0`, attended, queries, { add: residual.tensor });
+    return draft.layer(`${id}.to_out.0`, attended, queries, { add: residual.tensor, wide: true });
   }
 }
 

@@ -10,11 +10,12 @@ import { alignTo, ceilDiv, type Operand, type Resident, type Storage, storageByt
 import { Plan } from '../gpu/plan.ts';
 import { toF32 } from '../half.ts';
 import { PANEL } from '../kernels/gemm.ts';
-import { PACK_DTYPES, packOf } from '../kernels/pack.ts';
+import { packOf } from '../kernels/pack.ts';
 import type { SafetensorsFile, TensorEntry } from '../safetensors.ts';
 import type { UNetConfig } from './config.ts';
 import { type Matrix, storedChannels, type WeightSource } from './draft.ts';
 import { layersOf, type Part, partsOf } from './layers.ts';
+import { checkDtypes, isMatrix, matrixBytes, vectorBytes, vectorNames } from './packed.ts';
 
 /** File bytes uploaded at a time: all that loading holds in JS memory. */
 const CHUNK_BYTES = 16 * 1024 * 1024;
@@ -36,22 +37,6 @@ const resident = (label: string, buffer: GPUBuffer, offset: number, sizeBytes: n
   offset,
   sizeBytes,
 });
-
-/** GPU bytes that the weights of a UNet take, padding included. */
-export function weightBytes(config: UNetConfig, storage: Storage): number {
-  return partsOf(config).reduce((sum, part) => sum + matrixBytes(part, storage) + vectorBytes(part), 0);
-}
-
-const isMatrix = (part: Part): boolean => part.kind === 'linear' || part.kind === 'conv';
-
-function matrixBytes(part: Part, storage: Storage): number {
-  if (!isMatrix(part)) return 0;
-  const k = part.kernel ** 2 * storedChannels(part.inFeatures);
-  return ceilDiv(part.outFeatures, PANEL) * PANEL * k * storageBytes(storage);
-}
-
-const vectorBytes = (part: Part): number =>
-  ((isMatrix(part) ? 0 : 1) + (part.bias ? 1 : 0)) * storedChannels(part.outFeatures) * 4;
 
 export class Weights implements WeightSource {
   readonly sizeBytes: number;
@@ -123,9 +108,10 @@ class Loader {
   readonly #entryOf: (ldmName: string) => TensorEntry;
   readonly #onBytes: OnBytes;
   readonly #chunk: Uint8Array;
-  readonly #staging: GPUBuffer;
+  readonly #stagingBytes: number;
   readonly #arena: Arena;
   readonly #made: GPUBuffer[] = [];
+  #staging: GPUBuffer | undefined;
   #queued = 0;
   #done = 0;
   #total = 0;
@@ -147,9 +133,8 @@ class Loader {
     const widestPanel = Math.max(
       ...partsOf(config).map((part) => PANEL * part.inFeatures * part.kernel ** 2 * 4),
     );
-    const size = Math.max(CHUNK_BYTES, alignTo(widestPanel, 16));
-    this.#chunk = new Uint8Array(size);
-    this.#staging = device.createBuffer('weight staging', size, Usage.STORAGE | Usage.COPY_DST);
+    this.#stagingBytes = Math.max(CHUNK_BYTES, alignTo(widestPanel, 16));
+    this.#chunk = new Uint8Array(this.#stagingBytes);
     this.#arena = new Arena(device, 'weight packing');
   }
 
@@ -158,6 +143,7 @@ class Loader {
     vectors: ReadonlyMap<string, Operand>;
     vectorBuffer: GPUBuffer;
   }> {
+    checkDtypes(this.#config, this.#entryOf);
     const parts = partsOf(this.#config);
     const slots = new Map(layersOf(this.#config).map((layer, slot) => [layer.id, slot]));
     this.#total = parts.reduce(
@@ -165,6 +151,7 @@ class Loader {
         sum + this.#entryOf(`${id}.weight`).byteLength + (bias ? this.#entryOf(`${id}.bias`).byteLength : 0),
       0,
     );
+    this.#staging = await this.#create('weight staging', this.#stagingBytes);
     const matrices = new Map<string, PackedMatrix>();
     const { vectors, buffer: vectorBuffer } = await this.#loadVectors(parts);
     for (const part of parts)
@@ -178,7 +165,7 @@ class Loader {
   }
 
   close(): void {
-    this.#staging.destroy();
+    this.#staging?.destroy();
     this.#arena.close();
   }
 
@@ -200,13 +187,9 @@ class Loader {
     let total = 0;
     for (const part of parts) {
       const sizeBytes = storedChannels(part.outFeatures) * 4;
-      const names = [
-        ...(isMatrix(part) ? [] : [`${part.id}.weight`]),
-        ...(part.bias ? [`${part.id}.bias`] : []),
-      ];
-      for (const name of names) {
+      for (const name of vectorNames(part)) {
         places.push({ name, offset: total, sizeBytes });
-        total += alignTo(sizeBytes, alignment);
+        total += vectorBytes(part, alignment);
       }
     }
     const all = new Uint8Array(total);
@@ -227,20 +210,25 @@ class Loader {
   async #loadMatrix(part: Part, slot: number): Promise<PackedMatrix> {
     const { id, inFeatures, outFeatures, kernel } = part;
     const entry = this.#entryOf(`${id}.weight`);
-    if (!(entry.dtype in PACK_DTYPES))
-      throw new UnetdError(
-        'ERR_MODEL_INVALID',
-        `Cannot load ${entry.name}: its dtype is ${entry.dtype}, supported are ${Object.keys(PACK_DTYPES).join(', ')}`,
-        { tensor: entry.name, dtype: entry.dtype },
-      );
     const buffer = await this.#create(id, matrixBytes(part, this.#storage));
     const rowBytes = entry.byteLength / outFeatures;
     const panelQuads = (kernel ** 2 * storedChannels(inFeatures) * PANEL) / 4;
     const most = this.#device.capabilities.maxBindingBytes;
     const panelBytes = panelQuads * 4 * storageBytes(this.#storage);
+    const widest = Math.max(panelBytes, rowBytes * PANEL);
+    if (widest > most)
+      throw new UnetdError(
+        'ERR_TOO_LARGE',
+        `${PANEL} columns of ${entry.name} take ${widest} bytes, the adapter binds at most ${most}: it cannot hold this model`,
+        { tensor: entry.name, needed: widest, limit: most },
+      );
+    // A chunk is bound twice, as the file has it and packed.
     const perChunk = Math.max(
       1,
-      Math.min(Math.floor(this.#chunk.byteLength / (rowBytes * PANEL)), Math.floor(most / panelBytes)),
+      Math.min(
+        Math.floor(Math.min(most, this.#chunk.byteLength) / (rowBytes * PANEL)),
+        Math.floor(most / panelBytes),
+      ),
     );
     for (let panel = 0; panel * PANEL < outFeatures; panel += perChunk) {
       const rows = Math.min(perChunk * PANEL, outFeatures - panel * PANEL);
@@ -263,7 +251,8 @@ class Loader {
   ): Promise<void> {
     await this.#file.readInto(entry, this.#chunk.subarray(0, byteLength), start);
     const { gpu } = this.#device;
-    gpu.queue.writeBuffer(this.#staging, 0, this.#chunk, 0, alignTo(byteLength, 4));
+    const staging = this.#staging!;
+    gpu.queue.writeBuffer(staging, 0, this.#chunk, 0, alignTo(byteLength, 4));
     const dispatch = packOf({
       label: id,
       dtype: entry.dtype,
@@ -272,7 +261,7 @@ class Loader {
       paddedChannels: storedChannels(inFeatures),
       taps: kernel ** 2,
       outOffset: 0,
-      src: resident('weight staging', this.#staging, 0, alignTo(byteLength, 4)),
+      src: resident('weight staging', staging, 0, alignTo(byteLength, 4)),
       out,
     });
     const plan = await Plan.compile(this.#device, this.#arena, {

@@ -2,14 +2,24 @@
  * What a kernel case is: seeded inputs, the dispatches under test and an f64 reference over the inputs as stored. The
  * shared test compares the two; the benchmark runs the same builders at real shapes. Nothing here touches a GPU.
  */
-import type { Capabilities, Dispatch, Kernel, Operand, Storage } from '../../src/gpu/kernel.ts';
+import {
+  type Capabilities,
+  type Dispatch,
+  type Kernel,
+  type Operand,
+  type Storage,
+  storageBytes,
+} from '../../src/gpu/kernel.ts';
 import { fromF32, toF32 } from '../../src/half.ts';
 
-export const SEED: number = Number(process.env['UNETD_SEED'] ?? 20261124);
+export const SEED: number = Number(process.env.UNETD_SEED ?? 20261124);
 
-/** An input as the kernel finds it: values in the storage dtype (`quad`) or in f32, or words as they are. */
+/** Values in the storage dtype (`quad`), in f32, or as quads that are f32 whatever the storage (`wide`). */
+export type Format = 'quad' | 'f32' | 'wide';
+
+/** An input as the kernel finds it: values in a format, or words as they are. */
 export type Input =
-  | { readonly as: 'quad' | 'f32'; readonly values: Float32Array; readonly resident?: boolean }
+  | { readonly as: Format; readonly values: Float32Array; readonly resident?: boolean }
   | { readonly as: 'words'; readonly values: Uint32Array; readonly resident?: boolean };
 
 export interface Tolerance {
@@ -21,7 +31,7 @@ export interface Tolerance {
 
 /** A tensor the dispatches write; one without `expected` only carries values between them. */
 export interface Output {
-  readonly as: 'quad' | 'f32';
+  readonly as: Format;
   readonly count: number;
   readonly expected?: () => Float64Array;
   readonly tolerance?: Tolerance;
@@ -45,6 +55,11 @@ export interface Case {
   readonly kernel: Kernel;
   /** Variants that can compute this case; all when left out. */
   readonly variants?: readonly string[];
+  /**
+   * Storages in which a variant made for GPUs also runs on a software driver. Lavapipe compiles those for 1 to 26 s
+   * each, and computes them 5 times slower than its own variants.
+   */
+  readonly onSoftware?: Readonly<Record<string, readonly Storage[]>>;
   readonly build: (storage: Storage) => Built;
 }
 
@@ -65,8 +80,11 @@ export function stored(values: Float32Array, storage: Storage): Float32Array {
   return storage === 'f32' ? values : toF32('F16', fromF32('F16', values));
 }
 
-/** Bytes of `values` in the storage dtype. */
-export function encoded(values: Float32Array, as: 'quad' | 'f32', storage: Storage): Uint8Array {
+/** Bytes of one value. */
+export const bytesOf = (as: Format, storage: Storage): number => (as === 'quad' ? storageBytes(storage) : 4);
+
+/** Bytes of `values` in a format. */
+export function encoded(values: Float32Array, as: Format, storage: Storage): Uint8Array {
   return fromF32(as === 'quad' && storage === 'f16' ? 'F16' : 'F32', values);
 }
 
@@ -81,7 +99,7 @@ const U32 = 2 ** -24;
  *     below 2^-11 either way.
  *   `slack` adds what a kernel's own formula costs (exp, erf, an offset that is subtracted), argued at the case.
  */
-export function tolerance(as: 'quad' | 'f32', storage: Storage, depth: number, slack = 0): Tolerance {
+export function tolerance(as: Format, storage: Storage, depth: number, slack = 0): Tolerance {
   const half = as === 'quad' && storage === 'f16';
   const sum = U32 * Math.sqrt(depth + 1);
   return {

@@ -50,7 +50,7 @@ function buildGeglu({ name, rows, inner, gates = 4 }: GegluShape, storage: Stora
       out: { as: 'quad', count: rows * inner, expected, tolerance: tolerance('quad', storage, 8, 1.5e-7) },
     },
     bytes: 3 * rows * inner * (storage === 'f16' ? 2 : 4),
-    dispatches: (o) => [gegluOf({ label: name, rows, inner, x: o['x']!, out: o['out']! })],
+    dispatches: (o) => [gegluOf({ label: name, rows, inner, x: o.x!, out: o.out! })],
   };
 }
 
@@ -95,9 +95,9 @@ function buildFrom(shape: LayoutShape, storage: Storage): Built {
       fromNchwOf({
         ...shape,
         label: name,
-        src: o['src']!,
-        ...(shape.add ? { add: o['add']! } : {}),
-        out: o['out']!,
+        src: o.src!,
+        ...(shape.add ? { add: o.add! } : {}),
+        out: o.out!,
       } as Parameters<typeof fromNchwOf>[0]),
     ],
   };
@@ -120,7 +120,7 @@ function buildTo(shape: LayoutShape, storage: Storage): Built {
     outputs: { out: { as: 'f32', count, expected, tolerance: { norm: 0, max: 0 } } },
     bytes: x.length * (storage === 'f16' ? 2 : 4) + count * 4,
     dispatches: (o) => [
-      toNchwOf({ label: name, images, tokens, channels, storedChannels, x: o['x']!, out: o['out']! }),
+      toNchwOf({ label: name, images, tokens, channels, storedChannels, x: o.x!, out: o.out! }),
     ],
   };
 }

@@ -23,6 +23,8 @@ export interface GemmShape {
   /** Panels of a first weight buffer; the rest lie in a second one. */
   readonly splitPanels?: number;
   readonly lora?: readonly (readonly LoraShape[])[];
+  /** Storages in which the `tile` variant runs on software drivers too. */
+  readonly tile?: readonly Storage[];
 }
 
 const SLOT = 2;
@@ -106,12 +108,12 @@ export function gemmArgs(
     m: data.m,
     channels: shape.channels,
     n: shape.n,
-    rows: rowsOf(shape, operands['x2']),
-    x: operands['x']!,
-    out: operands['out']!,
-    w: operands['w']!,
-    bias: operands['bias'],
-    add: operands['add'],
+    rows: rowsOf(shape, operands.x2),
+    x: operands.x!,
+    out: operands.out!,
+    w: operands.w!,
+    bias: operands.bias,
+    add: operands.add,
     addPerImage: shape.add === 'image',
     silu: shape.silu,
   };
@@ -121,14 +123,14 @@ export function gemmInputs(shape: GemmShape, data: Data): Record<string, Input> 
   const inputs: Record<string, Input> = { x: { as: 'quad', values: data.x } };
   const panels = panelsOf(data.w, shape.n, data.k, PANEL);
   const cut = (shape.splitPanels ?? 0) * data.k * PANEL;
-  inputs['w'] = { as: 'quad', values: cut ? panels.subarray(0, cut) : panels, resident: true };
-  if (cut) inputs['w1'] = { as: 'quad', values: panels.subarray(cut), resident: true };
-  if (data.x2) inputs['x2'] = { as: 'quad', values: data.x2 };
-  if (data.bias) inputs['bias'] = { as: 'f32', values: data.bias, resident: true };
-  if (data.add) inputs['add'] = { as: 'quad', values: data.add };
+  inputs.w = { as: 'quad', values: cut ? panels.subarray(0, cut) : panels, resident: true };
+  if (cut) inputs.w1 = { as: 'quad', values: panels.subarray(cut), resident: true };
+  if (data.x2) inputs.x2 = { as: 'quad', values: data.x2 };
+  if (data.bias) inputs.bias = { as: 'f32', values: data.bias, resident: true };
+  if (data.add) inputs.add = { as: 'quad', values: data.add };
   if (data.lora) {
-    inputs['pool'] = { as: 'quad', values: data.lora.pool, resident: true };
-    inputs['table'] = { as: 'words', values: data.lora.table, resident: true };
+    inputs.pool = { as: 'quad', values: data.lora.pool, resident: true };
+    inputs.table = { as: 'words', values: data.lora.table, resident: true };
   }
   return inputs;
 }
@@ -144,7 +146,7 @@ function build(shape: GemmShape, storage: Storage): Built {
       tolerance: tolerance('quad', storage, k + 64),
     },
   };
-  if (lora) outputs['t'] = { as: 'f32', count: lora.totalBlocks * m * 8 };
+  if (lora) outputs.t = { as: 'f32', count: lora.totalBlocks * m * 8 };
   const elements = data.x.length + (data.x2?.length ?? 0) + data.w.length + images * m * shape.n;
   return {
     inputs: gemmInputs(shape, data),
@@ -166,12 +168,7 @@ function build(shape: GemmShape, storage: Storage): Built {
       const rest = Math.ceil(shape.n / PANEL) - first;
       return [
         gemmOf({ ...args, panels: first }, capabilities, undefined, variant),
-        gemmOf(
-          { ...args, w: operands['w1']!, panel0: first, panels: rest },
-          capabilities,
-          undefined,
-          variant,
-        ),
+        gemmOf({ ...args, w: operands.w1!, panel0: first, panels: rest }, capabilities, undefined, variant),
       ];
     },
   };
@@ -180,6 +177,7 @@ function build(shape: GemmShape, storage: Storage): Built {
 export const gemmCase = (shape: GemmShape): Case => ({
   name: shape.name,
   kernel: gemm,
+  onSoftware: { tile: shape.tile ?? [] },
   build: (storage) => build(shape, storage),
 });
 
@@ -209,11 +207,16 @@ const STACKS: readonly (readonly LoraShape[])[] = [
   ],
 ];
 
+/** Shapes share modules where they can: lavapipe takes 1 to 3 s to compile one. */
+const BIASED = { bias: true, add: 'row' } as const;
+const BY_IMAGE = { bias: true, add: 'image', silu: true } as const;
+
 export const GEMM_SHAPES: readonly GemmShape[] = [
   { name: 'one row', m: 1, channels: 8, n: 4 },
-  { name: 'rows one under the tile', m: 63, channels: 24, n: 28, bias: true },
-  { name: 'rows of a whole tile', m: 64, channels: 64, n: 64, bias: true, add: 'row' },
-  { name: 'rows one over the tile', m: 65, channels: 40, n: 36, add: 'row' },
+  { name: 'a long sum', m: 3, channels: 5120, n: 32 },
+  { name: 'rows one under the tile', m: 63, channels: 24, n: 28, ...BIASED, tile: ['f32', 'f16'] },
+  { name: 'rows of a whole tile', m: 64, channels: 64, n: 64, ...BIASED, tile: ['f32', 'f16'] },
+  { name: 'rows one over the tile', m: 65, channels: 40, n: 36, ...BIASED, tile: ['f32', 'f16'] },
   {
     name: 'a prime number of rows in two images',
     images: 2,
@@ -223,41 +226,46 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     bias: true,
     silu: true,
   },
-  { name: 'an add per image', images: 3, m: 5, channels: 16, n: 44, bias: true, add: 'image', silu: true },
-  { name: 'an add per image without an activation', images: 2, m: 9, channels: 8, n: 96, add: 'image' },
+  { name: 'an add per image', images: 3, m: 5, channels: 16, n: 44, ...BY_IMAGE },
   {
     name: 'panels in two weight buffers',
     m: 70,
     channels: 48,
     n: 132,
-    bias: true,
-    add: 'row',
+    ...BIASED,
     splitPanels: 3,
+    tile: ['f32', 'f16'],
   },
-  { name: 'an odd number of panels first', images: 2, m: 9, channels: 16, n: 128, splitPanels: 1 },
-  { name: 'a long sum', m: 3, channels: 5120, n: 32 },
+  { name: 'an odd number of panels first', images: 2, m: 9, channels: 16, n: 128, ...BIASED, splitPanels: 1 },
   { name: 'two tensors side by side', images: 2, m: 33, channels: 48, n: 40, split: 32, bias: true },
-  { name: 'two tensors of odd quads side by side', m: 66, channels: 24, n: 32, split: 12, silu: true },
-  { name: 'a convolution of one pixel', channels: 8, n: 8, conv: image(1, 1) },
+  { name: 'two tensors of odd quads side by side', m: 66, channels: 24, n: 32, split: 12, bias: true },
+  { name: 'a convolution of one pixel', channels: 8, n: 8, conv: image(1, 1), bias: true },
+  { name: 'a convolution of two images', images: 2, channels: 16, n: 36, conv: image(9, 7), ...BY_IMAGE },
+  { name: 'a convolution with a residual', channels: 8, n: 32, conv: image(8, 8), ...BIASED },
   {
-    name: 'a convolution of two images',
+    name: 'a convolution of stride 2',
     images: 2,
-    channels: 16,
-    n: 36,
-    conv: image(9, 7),
+    channels: 8,
+    n: 12,
+    conv: image(8, 6, 2),
     bias: true,
-    add: 'image',
-    silu: true,
+    tile: ['f32'],
   },
-  { name: 'a convolution with a residual', channels: 8, n: 32, conv: image(8, 8), bias: true, add: 'row' },
-  { name: 'a convolution of stride 2', images: 2, channels: 8, n: 12, conv: image(8, 6, 2), bias: true },
-  { name: 'a convolution of stride 2 over odd sides', channels: 24, n: 32, conv: image(9, 5, 2) },
+  {
+    name: 'a convolution of stride 2 over odd sides',
+    channels: 24,
+    n: 32,
+    conv: image(9, 5, 2),
+    bias: true,
+    tile: ['f32'],
+  },
   {
     name: 'a convolution of the image scaled up twice',
     channels: 8,
     n: 20,
     conv: scaled([4, 5], [8, 10]),
     bias: true,
+    tile: ['f32'],
   },
   {
     name: 'a convolution of the image scaled up to odd sides',
@@ -265,6 +273,8 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     channels: 16,
     n: 32,
     conv: scaled([5, 3], [9, 6]),
+    bias: true,
+    tile: ['f32'],
   },
   {
     name: 'low-rank terms that differ by image',
@@ -273,8 +283,7 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     channels: 32,
     n: 68,
     lora: STACKS,
-    bias: true,
-    add: 'row',
+    ...BIASED,
   },
   {
     name: 'low-rank terms over more rows than a tile',
@@ -283,7 +292,7 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     channels: 16,
     n: 36,
     lora: STACKS,
-    silu: true,
+    ...BIASED,
   },
   {
     name: 'low-rank terms beside two tensors',
@@ -294,6 +303,7 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     split: 8,
     lora: STACKS,
     bias: true,
+    tile: ['f16'],
   },
   {
     name: 'low-rank terms of a convolution',
@@ -305,7 +315,7 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     bias: true,
     add: 'image',
   },
-  { name: 'low-rank terms of no image', images: 2, m: 5, channels: 8, n: 8, lora: [[], []] },
+  { name: 'low-rank terms of no image', images: 2, m: 5, channels: 8, n: 8, lora: [[], []], ...BIASED },
 ];
 
 export const CASES: readonly Case[] = GEMM_SHAPES.map(gemmCase);

@@ -69,7 +69,7 @@ function dispatchesOf(shape: GroupNormShape, operands: Readonly<Record<string, O
     eps: EPS,
     silu: shape.silu ?? false,
     x: operand('x'),
-    x2: operands['x2'],
+    x2: operands.x2,
     splitChannels: shape.split,
     gamma: operand('gamma'),
     beta: operand('beta'),

@@ -43,12 +43,12 @@ function build(shape: GemmShape, storage: Storage): Built {
     bytes: data.x.length * (storage === 'f16' ? 2 : 4),
     dispatches: (operands) => {
       // `w` and `out` are no operands of this kernel.
-      const args = gemmArgs(shape, { images, m }, { ...operands, w: operands['x']!, out: operands['x']! });
+      const args = gemmArgs(shape, { images, m }, { ...operands, w: operands.x!, out: operands.x! });
       const down = loraDownOf(args, {
         slot: 2,
-        pool: operands['pool']!,
-        table: operands['table']!,
-        t: operands['t']!,
+        pool: operands.pool!,
+        table: operands.table!,
+        t: operands.t!,
       });
       return [{ ...down, grid: [lora?.longest ?? 0, down.grid[1], down.grid[2]] }];
     },

@@ -39,6 +39,7 @@ function sliceRows(matrix: Float32Array, columns: number, first: number): Float3
   return out;
 }
 
+/** [rows, columns] -> [columns, rows]. */
 function transposed(matrix: Float32Array, rows: number, columns: number): Float32Array {
   return Float32Array.from(
     { length: rows * columns },
@@ -69,10 +70,10 @@ export function loraData(
     const list = adapters.map(({ rank, scale }, i): Stack => {
       const down = stored(random(`${name} down ${image} ${i}`, rank * k), storage);
       const up = stored(random(`${name} up ${image} ${i}`, n * rank, -0.3, 0.3), storage);
-      const upRows = transposed(up, rank, n);
+      const upRows = transposed(up, n, rank);
       for (let r = 0; r < rank; r += RANK_BLOCK) {
         const downAt = put(panelsOf(sliceRows(down, k, r), RANK_BLOCK, k, RANK_BLOCK));
-        const columns = transposed(sliceRows(upRows, n, r), n, RANK_BLOCK);
+        const columns = transposed(sliceRows(upRows, n, r), RANK_BLOCK, n);
         const upAt = put(panelsOf(columns, n, RANK_BLOCK, PANEL));
         table.push(downAt, upAt, bitsOf(scale), totalBlocks++);
       }

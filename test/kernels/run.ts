@@ -7,7 +7,7 @@ import { type Device, Usage } from '../../src/gpu/device.ts';
 import type { Operand, Resident, Storage, Virtual } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
 import { toF32 } from '../../src/half.ts';
-import { type Built, encoded } from './case.ts';
+import { type Built, bytesOf, encoded, type Format } from './case.ts';
 
 /**
  * NaN as one f32 and as two f16: what is read past an input, or never written of an output, shows up as NaN. Bindings
@@ -53,8 +53,14 @@ export async function prepare(
   const tensors = new Map<string, { virtual: Virtual; image: Uint8Array }>();
   const operands: Record<string, Operand> = {};
   const residents: GPUBuffer[] = [];
-  const add = (name: string, image: Uint8Array): void => {
-    const virtual: Virtual = { kind: 'virtual', id: tensors.size, label: name, sizeBytes: image.length };
+  const add = (name: string, image: Uint8Array, as: Format | 'words'): void => {
+    const virtual: Virtual = {
+      kind: 'virtual',
+      id: tensors.size,
+      label: name,
+      sizeBytes: image.length,
+      wide: as === 'wide',
+    };
     tensors.set(name, { virtual, image });
     operands[name] = virtual;
   };
@@ -65,7 +71,7 @@ export async function prepare(
         : encoded(input.values, input.as, storage);
     const image = guarded(bytes, bytes.length);
     if (!input.resident) {
-      add(name, image);
+      add(name, image, input.as);
       continue;
     }
     const buffer = device.createBuffer(name, image.length, Usage.STORAGE | Usage.COPY_DST | Usage.COPY_SRC);
@@ -79,9 +85,8 @@ export async function prepare(
       sizeBytes: 0,
     } satisfies Resident;
   }
-  const bytesOf = (as: 'quad' | 'f32'): number => (as === 'quad' && storage === 'f16' ? 2 : 4);
   for (const [name, output] of Object.entries(built.outputs))
-    add(name, guarded(new Uint8Array(), output.count * bytesOf(output.as)));
+    add(name, guarded(new Uint8Array(), output.count * bytesOf(output.as, storage)), output.as);
   const virtuals = [...tensors.values()].map((tensor) => tensor.virtual);
   const arena = new Arena(device, 'case arena');
   const plan = await Plan.compile(device, arena, {

@@ -121,7 +121,7 @@ export async function compareBlocks(
     if (stored === undefined) continue;
     const ref = fixture.tensor(stored).data;
     const values = await device.read(arena.buffer, plan.offsetOf(point.tensor), point.tensor.sizeBytes);
-    const nhwc = toF32(storage === 'f16' ? 'F16' : 'F32', values);
+    const nhwc = toF32(storage === 'f16' && !point.tensor.wide ? 'F16' : 'F32', values);
     const silu = name === 'emb' ? ref.map((v) => v / (1 + Math.exp(-v))) : ref;
     compared.push({
       name,
