@@ -54,17 +54,18 @@ export class Residents {
     return loading || [...this.#adapters.values()].some((adapters) => adapters.has(name));
   }
 
-  /** Loads a model as `model.load` does: a changed file, or another dtype asked for, loads it anew. */
-  async loadModel(name: string, dtype: DtypeChoice | undefined, progress?: Progress): Promise<ModelInfo> {
-    const wanted = dtype ?? this.#defaultDtype;
+  /** Loads a model as `model.load` does: a changed file, or another dtype than the loaded one asked for, loads it anew. */
+  async loadModel(name: string, dtype: DtypeChoice = 'auto', progress?: Progress): Promise<ModelInfo> {
+    const anyDtype = dtype === 'auto';
+    const wanted = anyDtype ? this.#defaultDtype : dtype;
     const source = await this.#library.find('model', name);
     const running = this.#loading.get(name);
     if (running !== undefined) {
-      if (running.dtype === wanted || wanted === 'auto') return this.#follow(running, progress);
+      if (running.dtype === wanted || anyDtype) return this.#follow(running, progress);
       await running.done.catch(() => {});
     }
     const loaded = this.#models.get(name);
-    const sameDtype = wanted === 'auto' || loaded?.dtype === wanted;
+    const sameDtype = anyDtype || loaded?.dtype === wanted;
     if (loaded !== undefined && loaded.version === source.version && sameDtype) return loaded;
     if (loaded !== undefined) this.#refuseBusy(name, 'loaded anew');
     // Another asker may have begun while this one waited.
@@ -83,7 +84,7 @@ export class Residents {
 
   /** The model, loaded first where it is not. */
   async needModel(name: string): Promise<ModelInfo> {
-    return this.#models.get(name) ?? this.loadModel(name, undefined);
+    return this.#models.get(name) ?? this.loadModel(name);
   }
 
   /** ERR_MODEL_BUSY, ERR_MODEL_NOT_LOADED. */

@@ -2,11 +2,17 @@
  * A WebSocket client written from docs/PROTOCOL.md alone: one connection, its requests and everything it is sent.
  * It is not `src/client.ts` and hides nothing: tests may send any bytes, and every message of the server is kept.
  */
+import { readFileSync } from 'node:fs';
 import { type RawData, WebSocket } from 'ws';
 import { decode, encode, type Tensors } from './tensors.ts';
 
 /** Longer than any answer of the tests takes on a busy machine. */
 const PATIENCE_MS = 40_000;
+
+/** The codes of docs/ERRORS.md: the server may send no other. */
+const CODES: ReadonlySet<string> = new Set(
+  readFileSync(new URL('../../docs/ERRORS.md', import.meta.url), 'utf8').match(/(?<=^\| `)ERR_\w+/gm),
+);
 
 export interface ErrorBody {
   readonly code: string;
@@ -154,7 +160,7 @@ export class Client {
     });
   }
 
-  /** Closes, and lists what is wrong with the answers: requests not answered once, answers nobody asked for. */
+  /** Closes, and lists what is wrong with the answers: requests not answered once, answers nobody asked for, unlisted codes. */
   async finish(): Promise<string[]> {
     // An answer sent twice would come before the answer to a later request.
     const last = await this.ask('models.list');
@@ -163,6 +169,8 @@ export class Client {
     for (const { id, ok } of this.messages) {
       if (typeof id === 'string' && ok !== undefined) counts.set(id, (counts.get(id) ?? 0) + 1);
     }
+    for (const { error } of this.messages)
+      if (error && !CODES.has(error.code)) wrong.push(`unlisted ${error.code}`);
     for (const id of this.sent) if (counts.get(id) !== 1) wrong.push(`${id}: ${counts.get(id) ?? 0} answers`);
     for (const id of counts.keys()) if (!this.sent.has(id)) wrong.push(`${id}: answered, never sent`);
     await this.close();

@@ -11,7 +11,7 @@ import { digestOf, errorOf, f16, f32, readTensors, type Tensor, type Tensors, va
 const PREFIX = 'model.diffusion_model.';
 const file = readTensors(`${ASSETS}models/${MODEL}`).tensors;
 /** At f32, what stands in two places differs by rounding alone. */
-const SAME = 1e-4;
+const SAME = 2e-5;
 /** Height and width behind each input block, for x of 6x10: halved, rounding up, at blocks 2 and 4. */
 const SIZES = [
   [6, 10],
@@ -29,7 +29,7 @@ const inputs: Tensors = new Map([
   ['context', f32([1, 4, 64], noise(256))],
 ]);
 /** Per channel, exact in F16. */
-const delta = Array.from({ length: 64 }, (_, c) => ((c % 5) - 2) / 8);
+const delta = Array.from({ length: 64 }, (_, c) => ((c % 5) - 2) / 2);
 let server: Server;
 let client: Client;
 let base: Tensor;
@@ -76,7 +76,7 @@ function residual(block: number, of: (channel: number, i: number) => number): Te
   );
 }
 const constant = (block: number): Tensor => residual(block, (channel) => delta[channel]!);
-const varied = (block: number): Tensor => residual(block, (_, i) => Math.sin(i * 7.7) / 4);
+const varied = (block: number): Tensor => residual(block, (_, i) => Math.sin(i * 7.7));
 
 /** Uploads the demo model with some tensors changed, and gives its name. */
 async function upload(
@@ -221,16 +221,7 @@ test('wrong residuals and lengths are refused', async () => {
   expect(await codeOf({ 'output.0': varied(0) }, { control: { output: 9 } })).toBe('ERR_UNEXPECTED_TENSOR');
   expect(await codeOf({ 'input.05': varied(0) })).toBe('ERR_UNEXPECTED_TENSOR');
   expect(await codeOf({ 'input.5': varied(0) }, { control: { input: 5 } })).toBe('ERR_BAD_REQUEST');
-  for (const control of [
-    null,
-    [],
-    6,
-    { input: -1 },
-    { input: 1.5 },
-    { input: '6' },
-    { input: null },
-    { side: 1 },
-  ]) {
+  for (const control of [null, [], 6, { input: -1 }, { input: 1.5 }, { input: '6' }, { side: 1 }]) {
     expect(await codeOf({}, { control }), JSON.stringify(control)).toBe('ERR_BAD_REQUEST');
   }
 });

@@ -1,6 +1,6 @@
 /**
- * The forward against PyTorch's outputs in `demo/assets/reference.safetensors`: dtypes, LoRA stacks, kept tensors, wrong fields.
- * It is not about control residuals or batches of several requests; each has a file beside this one.
+ * The forward against PyTorch's outputs in `demo/assets/reference.safetensors`: dtypes, LoRA stacks, wrong fields and tensors.
+ * It is not about kept tensors, control residuals or batches of several requests; each has a file beside this one.
  */
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
 import type { Client, Fields, Message } from './client.ts';
@@ -251,47 +251,4 @@ test('any height, width and number of context tokens is taken', async () => {
     expect(result.shape).toEqual([1, 3, h, w]);
     expect(errorOf(result, result)).toBe(0);
   }
-});
-
-test('kept tensors stand in for tensors that are not sent', async () => {
-  const expected = await out(small, { keep: { x: 'a', timesteps: 'b', context: '__proto__' } });
-  const reuse = { x: 'a', timesteps: 'b', context: '__proto__' };
-  expect(errorOf(await out(new Map(), { reuse }), expected)).toBe(0);
-  const other = await out(changed({ context: f32([1, 1, 64], noise(64)) }), { keep: { context: 'a' } });
-  expect(errorOf(other, expected)).toBeGreaterThan(0);
-  expect(errorOf(await out(changed({ context: null }), { reuse: { context: 'a' } }), other)).toBe(0);
-});
-
-test('a reuse may follow its keep at once, and a keep outlives its request', async () => {
-  const first = forward(small, { keep: { context: 'k'.repeat(256) } });
-  const second = forward(changed({ context: null }), { reuse: { context: 'k'.repeat(256) } });
-  expect(errorOf((await second).tensors!.get('out'), (await first).tensors!.get('out')!)).toBe(0);
-  await expectError(
-    small,
-    { keep: { x: 'late' }, loras: [{ lora: 'zz.safetensors', strength: 1 }] },
-    'ERR_UNKNOWN_LORA',
-  );
-  expect(errorOf(await out(changed({ x: null }), { reuse: { x: 'late' } }), await out(small))).toBe(0);
-});
-
-test('a key that is not kept on this connection is answered ERR_NOT_KEPT', async () => {
-  await forward(small, { keep: { context: 'mine' } });
-  const without = changed({ context: null });
-  for (const key of ['yours', 'constructor', 'Mine'])
-    await expectError(without, { reuse: { context: key } }, 'ERR_NOT_KEPT');
-  const other = await server.open();
-  const { error } = await other.send('forward', { model: MODEL, reuse: { context: 'mine' } }, without);
-  expect(error!.code).toBe('ERR_NOT_KEPT');
-  expect(await other.finish()).toEqual([]);
-});
-
-test('wrong keeps and reuses are refused', async () => {
-  for (const wrong of [null, [], 'x', { x: 1 }, { x: '' }, { x: 'k'.repeat(257) }, { x: null }]) {
-    await expectError(small, { keep: wrong }, 'ERR_BAD_REQUEST');
-    await expectError(changed({ x: null }), { reuse: wrong }, 'ERR_BAD_REQUEST');
-  }
-  await expectError(small, { keep: { nothing: 'key' } }, 'ERR_BAD_REQUEST');
-  await forward(small, { keep: { x: 'key' } });
-  await expectError(small, { reuse: { x: 'key' } }, 'ERR_BAD_REQUEST');
-  await expectError(small, { reuse: { nothing: 'key' } }, 'ERR_UNEXPECTED_TENSOR');
 });

@@ -35,6 +35,11 @@ export async function serve(...args: readonly string[]): Promise<Server> {
   );
   let log = '';
   const exited = new Promise<number | null>((resolve) => child.on('exit', resolve));
+  const orphaned = (): void => {
+    child.kill('SIGKILL');
+  };
+  process.on('exit', orphaned);
+  void exited.then(() => process.off('exit', orphaned));
   const url = await new Promise<string>((resolve, reject) => {
     const read = (chunk: Buffer): void => {
       log += chunk.toString();

@@ -59,6 +59,17 @@ describe('operations', () => {
     await expect(client.modelUnload('none.safetensors')).rejects.toMatchObject({ code: 'ERR_UNKNOWN_MODEL' });
   });
 
+  it('load a model as it is loaded already when no dtype is asked for, whatever the default of the server', async () => {
+    const f16 = await openStage(place, { dtype: 'f16' });
+    const other = await f16.connect();
+    const info = await other.modelLoad(FAST, { dtype: 'f32' });
+    expect(await other.modelLoad(FAST)).toEqual(info);
+    expect(await other.modelLoad(FAST, { dtype: 'auto' })).toEqual(info);
+    expect((await other.modelLoad(SLOW)).dtype).toBe('f16');
+    expect(f16.engine.loads).toEqual([FAST, SLOW]);
+    await f16.end();
+  });
+
   it('load a model once for all who ask at the same time', async () => {
     await Promise.all([client.modelLoad(SLOW), client.modelLoad(SLOW), client.forward(request(SLOW))]);
     expect(stage.engine.loads).toEqual([SLOW]);
