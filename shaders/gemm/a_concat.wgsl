@@ -10,9 +10,12 @@ fn rowAt(image: u32, m: u32) -> Row {
   return Row(at * p.split, at * (p.kQuads - p.split));
 }
 
-fn seek(row: Row, tap: u32) -> Row { return row; }
+// Where a row is read for a tap: the row itself.
+alias Source = Row;
 
-fn loadA(row: Row, c: u32) -> vec4f {
+fn seek(row: Row, tap: u32) -> Source { return row; }
+
+fn loadA(row: Source, c: u32) -> vec4f {
   if (c < p.split) { return load_x(row.base + c); }
   return load_x2(row.base2 + c - p.split);
 }

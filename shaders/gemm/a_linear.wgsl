@@ -6,7 +6,10 @@ struct Row { base: u32 }
 
 fn rowAt(image: u32, m: u32) -> Row { return Row((image * p.m + m) * p.kQuads); }
 
-fn seek(row: Row, tap: u32) -> Row { return row; }
+// Where a row is read for a tap: the row itself.
+alias Source = Row;
+
+fn seek(row: Row, tap: u32) -> Source { return row; }
 
 // Values 4c .. 4c+3 of the row.
-fn loadA(row: Row, c: u32) -> vec4f { return load_x(row.base + c); }
+fn loadA(row: Source, c: u32) -> vec4f { return load_x(row.base + c); }

@@ -209,13 +209,13 @@ export class Device {
   }
 
   /** Copies bytes of a buffer (COPY_SRC) to the CPU; for tests and small results outside plans. */
-  async read(buffer: GPUBuffer, offset: number, sizeBytes: number): Promise<Uint8Array> {
+  async read(buffer: GPUBuffer, offset: number, sizeBytes: number, expectedMs = 0): Promise<Uint8Array> {
     const staging = this.createBuffer('read', sizeBytes, Usage.MAP_READ | Usage.COPY_DST);
     const encoder = this.gpu.createCommandEncoder();
     encoder.copyBufferToBuffer(buffer, offset, staging, 0, Math.ceil(sizeBytes / 4) * 4);
     this.gpu.queue.submit([encoder.finish()]);
     try {
-      return await this.readMapped(staging, sizeBytes);
+      return await this.readMapped(staging, sizeBytes, expectedMs);
     } finally {
       staging.destroy();
     }

@@ -165,7 +165,7 @@ export class Plan {
   }
 
   /** Runs the plan with a pass and two timestamps per dispatch; slower than `encode`. Needs timestamp-query. */
-  async profile(blocks: SlotBlocks = () => 0): Promise<readonly Timing[]> {
+  async profile(blocks: SlotBlocks = () => 0, expectedMs = 0): Promise<readonly Timing[]> {
     const { gpu } = this.#device;
     const walk = [...this.#walk(blocks)];
     const perSet = 2048;
@@ -191,7 +191,7 @@ export class Plan {
       });
       encoder.resolveQuerySet(querySet, 0, part.length * 2, resolved, 0);
       gpu.queue.submit([encoder.finish()]);
-      const bytes = await this.#device.read(resolved, 0, part.length * 16);
+      const bytes = await this.#device.read(resolved, 0, part.length * 16, expectedMs);
       const times = new BigUint64Array(bytes.buffer, bytes.byteOffset, part.length * 2);
       part.forEach(({ ready: { dispatch } }, i) => {
         const ms = Number(times[2 * i + 1]! - times[2 * i]!) / 1e6;
@@ -261,6 +261,15 @@ function checkLimits(device: Device, spec: PlanSpec, dispatch: Dispatch): void {
         `${spec.label}: "${name}" of ${dispatch.label} needs ${operand.sizeBytes} bytes, the adapter binds at most ${limit}; use a smaller batch or latent`,
         { needed: operand.sizeBytes, limit },
       );
+  const names = new Map<number, string>();
+  for (const [name, operand] of Object.entries(dispatch.operands)) {
+    if (operand.kind !== 'virtual') continue;
+    const other = names.get(operand.id);
+    // WebGPU refuses writable bindings that alias, and all of the arena is bound writable.
+    if (other)
+      throw new Error(`${dispatch.label}: "${other}" and "${name}" are the same tensor ${operand.label}`);
+    names.set(operand.id, name);
+  }
   const most = device.gpu.limits.maxComputeWorkgroupsPerDimension;
   if (dispatch.grid.some((n) => n > most))
     throw new UnetdError(

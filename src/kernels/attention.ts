@@ -40,21 +40,23 @@ export interface AttentionArgs {
   readonly out: Operand;
 }
 
-/** Queries a subgroup of the `broadcast` variant keeps in registers. */
-const broadcastQueries = (headDim: number): number => (headDim <= 64 ? 8 : 4);
+/**
+ * Queries a subgroup of the `broadcast` variant keeps in registers, one a lane. Half as many took lavapipe 1.3 to 1.5
+ * times as long at every head width.
+ */
+const BROADCAST_QUERIES = 8;
 
 export function attentionOf(args: AttentionArgs, capabilities: Capabilities, variant?: string): Dispatch {
   const { images, heads, headDim, queries, keys, q, k, v, out } = args;
   const chosen = variant ?? pick(attention, capabilities, { headDim });
-  const perSubgroup = broadcastQueries(headDim);
   const scalarHeads = headDim % 2 === 1 ? 4 : headDim % 4 === 2 ? 2 : 1;
   const grids: Readonly<Record<string, readonly [number, number, number]>> = {
-    broadcast: [ceilDiv(queries, 8 * perSubgroup), heads, images],
+    broadcast: [ceilDiv(queries, 8 * BROADCAST_QUERIES), heads, images],
     direct: [ceilDiv(queries, 64), heads, images],
     scalar: [ceilDiv(queries, 64), ceilDiv(heads, scalarHeads), images],
   };
   const constants: Readonly<Record<string, Record<string, number>>> = {
-    broadcast: { HEAD_QUADS: headDim / 4, QUERIES: perSubgroup },
+    broadcast: { HEAD_QUADS: headDim / 4, QUERIES: BROADCAST_QUERIES },
     direct: { HEAD_QUADS: headDim / 4 },
     scalar: { HEAD_DIM: headDim },
   };

@@ -75,7 +75,11 @@ export const loraDown: Kernel = defineKernel({
   },
   params: PARAMS,
   options: { a: A_FILES },
-  variants: { row: { files: ['gemm/lora_down.wgsl'] } },
+  constants: { ROWS: 1 },
+  variants: {
+    rows: { files: ['gemm/lora_down.wgsl'], constants: { ROWS: 4 } },
+    row: { files: ['gemm/lora_down.wgsl'] },
+  },
 });
 
 /** How the rows of A are found. Sizes in pixels; the convolution sees inHeight x inWidth, scaled up from the source. */
@@ -189,10 +193,15 @@ export function gemmOf(
 }
 
 /** T of the layer's low-rank terms. grid.x is the number of blocks of the longest stack, known at each run. */
-export function loraDownOf(args: GemmArgs, lora: LoraOperands): Dispatch {
+export function loraDownOf(
+  args: GemmArgs,
+  capabilities: Capabilities,
+  lora: LoraOperands,
+  variant?: string,
+): Dispatch {
   return {
     kernel: loraDown,
-    variant: 'row',
+    variant: variant ?? pick(loraDown, capabilities),
     choices: { a: args.rows.kind },
     constants: {},
     operands: { ...sources(args), down: lora.pool, table: lora.table, t: lora.t },

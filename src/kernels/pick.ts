@@ -21,6 +21,10 @@ const RULES: Readonly<Record<string, readonly Rule[]>> = {
     { variant: 'broadcast', when: lanes8 },
     { variant: 'tile', when: always },
   ],
+  lora_down: [
+    { variant: 'rows', when: (c) => c.software },
+    { variant: 'row', when: always },
+  ],
   attention: [
     { variant: 'scalar', when: (_, shape) => (shape.headDim ?? 0) % 4 !== 0 },
     { variant: 'broadcast', when: lanes8 },

@@ -150,7 +150,7 @@ export class Draft {
       kind: 'slot',
       slot: matrix.slot,
       base,
-      down: loraDownOf({ ...args, w: parts[0]!.w }, operands),
+      down: loraDownOf({ ...args, w: parts[0]!.w }, capabilities, operands),
       main: parts.map((part) => gemmOf(part, capabilities, operands)),
     });
   }

@@ -60,8 +60,20 @@ export interface Case {
    * each, and computes them 5 times slower than its own variants.
    */
   readonly onSoftware?: Readonly<Record<string, readonly Storage[]>>;
+  /** Storages worth a run; both when left out. Wide tensors are what they are anyway in f32. */
+  readonly storages?: readonly Storage[];
   readonly build: (storage: Storage) => Built;
 }
+
+/** Which tensors of a shape are f32 whatever the storage, by operand name. */
+export interface Wide {
+  readonly wide?: readonly string[] | undefined;
+}
+
+export const formatOf = ({ wide }: Wide, name: string): Format => (wide?.includes(name) ? 'wide' : 'quad');
+
+/** `Case.storages` of a shape. */
+export const storagesOf = ({ wide }: Wide): Pick<Case, 'storages'> => (wide ? { storages: ['f16'] } : {});
 
 /** Uniform in [low, high), from a name and the run's seed (mulberry32 over an FNV-1a hash of the name). */
 export function random(name: string, count: number, low = -1, high = 1): Float32Array {
@@ -75,9 +87,9 @@ export function random(name: string, count: number, low = -1, high = 1): Float32
   });
 }
 
-/** The values after a round trip through the storage dtype: what the reference must work on. */
-export function stored(values: Float32Array, storage: Storage): Float32Array {
-  return storage === 'f32' ? values : toF32('F16', fromF32('F16', values));
+/** The values after a round trip through their format: what the reference must work on. */
+export function stored(values: Float32Array, storage: Storage, as: Format = 'quad'): Float32Array {
+  return storage === 'f32' || as !== 'quad' ? values : toF32('F16', fromF32('F16', values));
 }
 
 /** Bytes of one value. */

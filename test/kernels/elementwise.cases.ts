@@ -1,7 +1,16 @@
 /** Cases of `geglu`, `from_nchw` and `to_nchw`: odd token counts, padded channels, a residual, large gates. */
 import type { Storage } from '../../src/gpu/kernel.ts';
-import { fromNchw, fromNchwOf, geglu, gegluOf, toNchw, toNchwOf } from '../../src/kernels/elementwise.ts';
-import { type Built, type Case, random, stored, tolerance } from './case.ts';
+import {
+  copy,
+  copyOf,
+  fromNchw,
+  fromNchwOf,
+  geglu,
+  gegluOf,
+  toNchw,
+  toNchwOf,
+} from '../../src/kernels/elementwise.ts';
+import { type Built, type Case, formatOf, random, storagesOf, stored, tolerance, type Wide } from './case.ts';
 
 export interface GegluShape {
   readonly name: string;
@@ -60,7 +69,7 @@ export const gegluCase = (shape: GegluShape): Case => ({
   build: (storage) => buildGeglu(shape, storage),
 });
 
-export interface LayoutShape {
+export interface LayoutShape extends Wide {
   readonly name: string;
   readonly images: number;
   readonly tokens: number;
@@ -73,7 +82,8 @@ function buildFrom(shape: LayoutShape, storage: Storage): Built {
   const { name, images, tokens, channels, storedChannels } = shape;
   const src = stored(random(`${name} src`, images * channels * tokens), storage);
   const count = images * tokens * storedChannels;
-  const add = shape.add ? stored(random(`${name} add`, count), storage) : undefined;
+  const add = shape.add ? stored(random(`${name} add`, count), storage, formatOf(shape, 'add')) : undefined;
+  const as = formatOf(shape, 'out');
   // The kernel reads whole quads: clients' tensors are padded to one.
   const padded = new Float32Array(Math.ceil(src.length / 4) * 4);
   padded.set(src);
@@ -87,9 +97,11 @@ function buildFrom(shape: LayoutShape, storage: Storage): Built {
   return {
     inputs: {
       src: { as: 'quad', values: padded },
-      ...(add ? { add: { as: 'quad', values: add } as const } : {}),
+      ...(add ? { add: { as: formatOf(shape, 'add'), values: add } as const } : {}),
     },
-    outputs: { out: { as: 'quad', count, expected, tolerance: tolerance('quad', storage, 1) } },
+    outputs: {
+      out: { as, count, expected, tolerance: tolerance(as, storage, 1) },
+    },
     bytes: (src.length + count) * (storage === 'f16' ? 2 : 4),
     dispatches: (o) => [
       fromNchwOf({
@@ -105,7 +117,7 @@ function buildFrom(shape: LayoutShape, storage: Storage): Built {
 
 function buildTo(shape: LayoutShape, storage: Storage): Built {
   const { name, images, tokens, channels, storedChannels } = shape;
-  const x = stored(random(`${name} x`, images * tokens * storedChannels), storage);
+  const x = stored(random(`${name} x`, images * tokens * storedChannels), storage, formatOf(shape, 'x'));
   const count = images * channels * tokens;
   const expected = (): Float64Array =>
     new Float64Array(count).map((_, i) => {
@@ -115,7 +127,7 @@ function buildTo(shape: LayoutShape, storage: Storage): Built {
       return x[(image * tokens + token) * storedChannels + c]!;
     });
   return {
-    inputs: { x: { as: 'quad', values: x } },
+    inputs: { x: { as: formatOf(shape, 'x'), values: x } },
     // Values move unchanged.
     outputs: { out: { as: 'f32', count, expected, tolerance: { norm: 0, max: 0 } } },
     bytes: x.length * (storage === 'f16' ? 2 : 4) + count * 4,
@@ -124,6 +136,38 @@ function buildTo(shape: LayoutShape, storage: Storage): Built {
     ],
   };
 }
+
+export interface CopyShape extends Wide {
+  readonly name: string;
+  readonly count: number;
+}
+
+function buildCopy(shape: CopyShape, storage: Storage): Built {
+  const { name, count } = shape;
+  const x = stored(random(`${name} x`, count), storage, formatOf(shape, 'x'));
+  const as = formatOf(shape, 'out');
+  const exact = { norm: 0, max: 0 };
+  return {
+    inputs: { x: { as: formatOf(shape, 'x'), values: x } },
+    outputs: {
+      out: {
+        as,
+        count,
+        expected: () => Float64Array.from(x),
+        tolerance: shape.wide?.includes('x') ? tolerance(as, storage, 1) : exact,
+      },
+    },
+    bytes: count * 8,
+    dispatches: (o) => [copyOf({ label: name, count, x: o.x!, out: o.out! })],
+  };
+}
+
+const COPIES: readonly CopyShape[] = [
+  { name: 'one quad', count: 4 },
+  { name: 'a quad more than a row of the grid', count: 4 * (64 * 1024 + 1) },
+  { name: 'wide to stored', count: 260, wide: ['x'] },
+  { name: 'stored to wide', count: 260, wide: ['out'] },
+];
 
 const LAYOUTS: readonly LayoutShape[] = [
   { name: 'one token', images: 1, tokens: 1, channels: 4, storedChannels: 8 },
@@ -139,10 +183,32 @@ export const CASES: readonly Case[] = [
     { name: 'large gates', rows: 3, inner: 64, gates: 40 },
     { name: 'a prime number of rows', rows: 37, inner: 160 },
   ].map(gegluCase),
-  ...[...LAYOUTS, ...LAYOUTS.map((l) => ({ ...l, name: `${l.name} with a residual`, add: true }))].map(
-    (shape): Case => ({ name: shape.name, kernel: fromNchw, build: (storage) => buildFrom(shape, storage) }),
+  ...[
+    ...LAYOUTS,
+    { ...LAYOUTS[2]!, name: 'a wide residual', add: true, wide: ['add', 'out'] },
+    ...LAYOUTS.map((l) => ({ ...l, name: `${l.name} with a residual`, add: true })),
+  ].map(
+    (shape): Case => ({
+      name: shape.name,
+      kernel: fromNchw,
+      ...storagesOf(shape),
+      build: (storage) => buildFrom(shape, storage),
+    }),
   ),
-  ...LAYOUTS.map(
-    (shape): Case => ({ name: shape.name, kernel: toNchw, build: (storage) => buildTo(shape, storage) }),
+  ...COPIES.map(
+    (shape): Case => ({
+      name: shape.name,
+      kernel: copy,
+      ...storagesOf(shape),
+      build: (storage) => buildCopy(shape, storage),
+    }),
+  ),
+  ...[...LAYOUTS, { ...LAYOUTS[1]!, name: 'wide pixels', wide: ['x'] }].map(
+    (shape): Case => ({
+      name: shape.name,
+      kernel: toNchw,
+      ...storagesOf(shape),
+      build: (storage) => buildTo(shape, storage),
+    }),
   ),
 ];

@@ -4,11 +4,21 @@
  */
 import type { Kernel, Operand, Storage } from '../../src/gpu/kernel.ts';
 import { groupApply, groupFold, groupMoments, groupNormOf } from '../../src/kernels/norm.ts';
-import { type Built, type Case, type Input, random, stored, tolerance } from './case.ts';
+import {
+  type Built,
+  type Case,
+  formatOf,
+  type Input,
+  random,
+  storagesOf,
+  stored,
+  tolerance,
+  type Wide,
+} from './case.ts';
 import { beside, silu } from './gemm_reference.ts';
 import { affineOf, momentsOf } from './norm_reference.ts';
 
-export interface GroupNormShape {
+export interface GroupNormShape extends Wide {
   readonly name: string;
   readonly images?: number;
   readonly tokens: number;
@@ -37,10 +47,18 @@ function dataOf(shape: GroupNormShape, storage: Storage): Data {
   const { name, tokens, channels, split, offset = 0 } = shape;
   const images = shape.images ?? 1;
   const rows = images * tokens;
-  const x = stored(random(`${name} x`, rows * (split ?? channels), offset - 1, offset + 1), storage);
+  const x = stored(
+    random(`${name} x`, rows * (split ?? channels), offset - 1, offset + 1),
+    storage,
+    formatOf(shape, 'x'),
+  );
   // Another mean and size in the second source, so that a group across the split needs both.
   const x2 = split
-    ? stored(random(`${name} x2`, rows * (channels - split), offset - 1, offset + 4), storage)
+    ? stored(
+        random(`${name} x2`, rows * (channels - split), offset - 1, offset + 4),
+        storage,
+        formatOf(shape, 'x2'),
+      )
     : undefined;
   const whole = x2 && split ? beside(x, x2, rows, channels, split) : Float64Array.from(x);
   const gamma = random(`${name} gamma`, channels, 0.5, 1.5);
@@ -80,8 +98,11 @@ function dispatchesOf(shape: GroupNormShape, operands: Readonly<Record<string, O
   return only ? all.filter(({ kernel }) => kernel === only) : all;
 }
 
-function sources({ x, x2 }: Data): Record<string, Input> {
-  return { x: { as: 'quad', values: x }, ...(x2 ? { x2: { as: 'quad', values: x2 } } : {}) };
+function sources(shape: GroupNormShape, { x, x2 }: Data): Record<string, Input> {
+  return {
+    x: { as: formatOf(shape, 'x'), values: x },
+    ...(x2 ? { x2: { as: formatOf(shape, 'x2'), values: x2 } } : {}),
+  };
 }
 
 const params = ({ gamma, beta }: Data): Record<string, Input> => ({
@@ -99,7 +120,7 @@ function build(shape: GroupNormShape, storage: Storage): Built {
   // roundoffs of |offset| / deviation (0.58 for uniforms).
   const slack = (4 * 2 ** -24 * Math.abs(offset)) / 0.58;
   return {
-    inputs: { ...sources(data), ...params(data) },
+    inputs: { ...sources(shape, data), ...params(data) },
     outputs: {
       moments: {
         as: 'f32',
@@ -128,6 +149,7 @@ function build(shape: GroupNormShape, storage: Storage): Built {
 export const groupNormCase = (shape: GroupNormShape): Case => ({
   name: shape.name,
   kernel: groupMoments,
+  ...storagesOf(shape),
   build: (storage) => build(shape, storage),
 });
 
@@ -206,7 +228,7 @@ function applyCase(shape: GroupNormShape): Case {
       const data = dataOf(shape, storage);
       const affine = random(`${shape.name} affine`, data.images * 2 * shape.channels, -2, 2);
       return {
-        inputs: { ...sources(data), affine: { as: 'f32', values: affine } },
+        inputs: { ...sources(shape, data), affine: { as: 'f32', values: affine } },
         outputs: {
           out: {
             as: 'quad',
@@ -230,6 +252,8 @@ export const CASES: readonly Case[] = [
     { name: 'groups of 10 channels', images: 2, tokens: 70, channels: 320, silu: true },
     { name: 'a group across the concatenation', tokens: 65, channels: 960, split: 640, silu: true },
     { name: 'a quad-sized second source', images: 2, tokens: 5, channels: 96, split: 92 },
+    { name: 'a wide source', images: 2, tokens: 66, channels: 64, offset: 100, silu: true, wide: ['x'] },
+    { name: 'two wide sources', tokens: 9, channels: 96, split: 64, silu: true, wide: ['x', 'x2'] },
     { name: 'one group', tokens: 9, channels: 8, groups: 1 },
     { name: 'an offset of 1000', images: 2, tokens: 200, channels: 64, offset: 1000 },
     { name: 'an offset of -1000 with SiLU', tokens: 1024, channels: 320, offset: -1000, silu: true },

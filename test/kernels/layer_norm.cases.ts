@@ -1,10 +1,10 @@
 /** Cases of `layer_norm`: rows around the workgroup's number, widths around its lanes, values far from zero. */
 import type { Storage } from '../../src/gpu/kernel.ts';
 import { layerNorm, layerNormOf } from '../../src/kernels/norm.ts';
-import { type Built, type Case, random, stored, tolerance } from './case.ts';
+import { type Built, type Case, formatOf, random, storagesOf, stored, tolerance, type Wide } from './case.ts';
 import { layerNormRows } from './norm_reference.ts';
 
-export interface LayerNormShape {
+export interface LayerNormShape extends Wide {
   readonly name: string;
   readonly rows: number;
   readonly channels: number;
@@ -14,15 +14,20 @@ export interface LayerNormShape {
 
 const EPS = 1e-5;
 
-function build({ name, rows, channels, offset = 0 }: LayerNormShape, storage: Storage): Built {
-  const x = stored(random(`${name} x`, rows * channels, offset - 1, offset + 1), storage);
+function build(shape: LayerNormShape, storage: Storage): Built {
+  const { name, rows, channels, offset = 0 } = shape;
+  const x = stored(
+    random(`${name} x`, rows * channels, offset - 1, offset + 1),
+    storage,
+    formatOf(shape, 'x'),
+  );
   const gamma = random(`${name} gamma`, channels, 0.5, 1.5);
   const beta = random(`${name} beta`, channels);
   // The mean is rounded at the size of the offset, and all of its row is off by that.
   const slack = (4 * 2 ** -24 * Math.abs(offset)) / 0.58;
   return {
     inputs: {
-      x: { as: 'quad', values: x },
+      x: { as: formatOf(shape, 'x'), values: x },
       gamma: { as: 'f32', values: gamma, resident: true },
       beta: { as: 'f32', values: beta, resident: true },
     },
@@ -48,11 +53,13 @@ function build({ name, rows, channels, offset = 0 }: LayerNormShape, storage: St
 export const layerNormCase = (shape: LayerNormShape): Case => ({
   name: shape.name,
   kernel: layerNorm,
+  ...storagesOf(shape),
   build: (storage) => build(shape, storage),
 });
 
 export const CASES: readonly Case[] = [
   ...[1, 3, 4, 5, 63, 64, 65].map((rows) => ({ name: `${rows} rows`, rows, channels: 72 })),
   ...[4, 60, 64, 68, 1280].map((channels) => ({ name: `${channels} channels`, rows: 7, channels })),
+  { name: 'wide rows', rows: 65, channels: 320, wide: ['x'] },
   { name: 'an offset of 1000', rows: 5, channels: 320, offset: 1000 },
 ].map(layerNormCase);

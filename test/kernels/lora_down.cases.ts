@@ -1,9 +1,10 @@
 /** Cases of `lora_down` alone: its T against f64, over every way of finding rows. With `gemm` it runs in gemm.cases.ts. */
 import type { Storage } from '../../src/gpu/kernel.ts';
 import { loraDown, loraDownOf, RANK_BLOCK } from '../../src/kernels/gemm.ts';
-import { type Built, type Case, tolerance } from './case.ts';
-import { GEMM_SHAPES, type GemmShape, gemmArgs, gemmData, gemmInputs, rowsOfA } from './gemm.cases.ts';
+import { type Built, type Case, storagesOf, tolerance } from './case.ts';
+import { gemmArgs, gemmData, gemmInputs, rowsOfA } from './gemm.cases.ts';
 import { product } from './gemm_reference.ts';
+import { GEMM_SHAPES, type GemmShape } from './gemm_shapes.ts';
 
 /** T [block][m][8], scaled, of all images' stacks one after the other. */
 function reference(shape: GemmShape, data: ReturnType<typeof gemmData>): Float64Array {
@@ -29,9 +30,9 @@ function reference(shape: GemmShape, data: ReturnType<typeof gemmData>): Float64
 function build(shape: GemmShape, storage: Storage): Built {
   const data = gemmData(shape, storage);
   const { lora, m, k, images } = data;
-  const { x, x2, pool, table } = gemmInputs(shape, data);
+  const { x, x2, ...inputs } = gemmInputs(shape, data);
   return {
-    inputs: { x: x!, ...(x2 ? { x2 } : {}), pool: pool!, table: table! },
+    inputs: { x: x!, ...(x2 ? { x2 } : {}), pool: inputs.pool!, table: inputs.table! },
     outputs: {
       t: {
         as: 'f32',
@@ -41,15 +42,12 @@ function build(shape: GemmShape, storage: Storage): Built {
       },
     },
     bytes: data.x.length * (storage === 'f16' ? 2 : 4),
-    dispatches: (operands) => {
+    dispatches: (operands, capabilities, variant) => {
       // `w` and `out` are no operands of this kernel.
       const args = gemmArgs(shape, { images, m }, { ...operands, w: operands.x!, out: operands.x! });
-      const down = loraDownOf(args, {
-        slot: 2,
-        pool: operands.pool!,
-        table: operands.table!,
-        t: operands.t!,
-      });
+      const { pool, table, t } = operands;
+      const where = { slot: 2, pool: pool!, table: table!, t: t! };
+      const down = loraDownOf(args, capabilities, where, variant);
       return [{ ...down, grid: [lora?.longest ?? 0, down.grid[1], down.grid[2]] }];
     },
   };
@@ -58,6 +56,7 @@ function build(shape: GemmShape, storage: Storage): Built {
 export const loraDownCase = (shape: GemmShape): Case => ({
   name: shape.name,
   kernel: loraDown,
+  ...storagesOf(shape),
   build: (storage) => build(shape, storage),
 });
 

@@ -22,7 +22,7 @@ describe.skipIf(!device)(`${rung} rung: kernels compute what their f64 reference
     for (const variant of variantsOf(one)) {
       const lanes = one.kernel.variants[variant]?.subgroupSize;
       const able = !lanes || lanes === device?.capabilities.subgroupSize;
-      for (const storage of ['f32', 'f16'] as const) {
+      for (const storage of one.storages ?? (['f32', 'f16'] as const)) {
         const quick =
           !device?.capabilities.software || (one.onSoftware?.[variant]?.includes(storage) ?? true);
         test.skipIf(!(able && quick))(`${one.kernel.name} ${variant} ${storage}: ${one.name}`, async () => {

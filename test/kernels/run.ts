@@ -10,10 +10,12 @@ import { toF32 } from '../../src/half.ts';
 import { type Built, bytesOf, encoded, type Format } from './case.ts';
 
 /**
- * NaN as one f32 and as two f16: what is read past an input, or never written of an output, shows up as NaN. Bindings
- * reach over the guard, or the driver's bounds clamping would hide such accesses.
+ * NaNs as one f32 and as two f16: what is read past an input, or never written of an output, shows up as NaN. Two of
+ * them, since arithmetic keeps a NaN's bits: what is read past an input and written past an output is no output's guard.
+ * Bindings reach over the guard, or the driver's bounds clamping would hide such accesses.
  */
-const GUARD_WORD = 0xffc5ffc5;
+const INPUT_GUARD = 0xffc5ffc5;
+const OUTPUT_GUARD = 0xffd3ffd3;
 const GUARD_BYTES = 256;
 
 export interface Ran {
@@ -31,9 +33,9 @@ export interface Prepared {
   readonly residents: readonly GPUBuffer[];
 }
 
-function guarded(bytes: Uint8Array, sizeBytes: number): Uint8Array {
+function guarded(bytes: Uint8Array, sizeBytes: number, word: number): Uint8Array {
   const image = new Uint8Array(Math.ceil(sizeBytes / 4) * 4 + GUARD_BYTES);
-  new Uint32Array(image.buffer).fill(GUARD_WORD);
+  new Uint32Array(image.buffer).fill(word);
   image.set(bytes);
   return image;
 }
@@ -69,7 +71,7 @@ export async function prepare(
       input.as === 'words'
         ? new Uint8Array(input.values.buffer, input.values.byteOffset, input.values.byteLength)
         : encoded(input.values, input.as, storage);
-    const image = guarded(bytes, bytes.length);
+    const image = guarded(bytes, bytes.length, INPUT_GUARD);
     if (!input.resident) {
       add(name, image, input.as);
       continue;
@@ -86,7 +88,7 @@ export async function prepare(
     } satisfies Resident;
   }
   for (const [name, output] of Object.entries(built.outputs))
-    add(name, guarded(new Uint8Array(), output.count * bytesOf(output.as, storage)), output.as);
+    add(name, guarded(new Uint8Array(), output.count * bytesOf(output.as, storage), OUTPUT_GUARD), output.as);
   const virtuals = [...tensors.values()].map((tensor) => tensor.virtual);
   const arena = new Arena(device, 'case arena');
   const plan = await Plan.compile(device, arena, {

@@ -1,0 +1,87 @@
+/** Times a case on a device: warm-up, then timestamps of several runs. Knows neither shapes nor output formats. */
+import { readdirSync, readFileSync } from 'node:fs';
+import { cpus } from 'node:os';
+import type { Device } from '../src/gpu/device.ts';
+import type { Storage } from '../src/gpu/kernel.ts';
+import type { Case } from '../test/kernels/case.ts';
+import { closePrepared, prepare } from '../test/kernels/run.ts';
+
+export interface Measured {
+  /** Median over the runs, and the distance between their quartiles, of all dispatches together. */
+  readonly ms: number;
+  readonly spreadMs: number;
+  /**
+   * On a software driver: processor time of its threads, spread over all cores. What an idle machine would take; the
+   * median's own time counts whatever else ran meanwhile.
+   */
+  readonly coreMs: number | undefined;
+  readonly runs: number;
+  readonly flops: number;
+  readonly bytes: number;
+  readonly variant: string;
+}
+
+/** Processor time of all threads but the first, which is JavaScript's; undefined where /proc has no such file. */
+function driverCpuMs(): number | undefined {
+  try {
+    const tasks = readdirSync('/proc/self/task').filter((task) => Number(task) !== process.pid);
+    const ns = tasks.map((task) =>
+      Number(readFileSync(`/proc/self/task/${task}/schedstat`, 'utf8').split(' ')[0]),
+    );
+    return ns.reduce((a, b) => a + b, 0) / 1e6;
+  } catch {
+    return undefined;
+  }
+}
+
+const quantile = (sorted: readonly number[], q: number): number => {
+  const at = (sorted.length - 1) * q;
+  const low = sorted[Math.floor(at)] ?? 0;
+  return low + ((sorted[Math.ceil(at)] ?? 0) - low) * (at % 1);
+};
+
+const median = (values: readonly number[]): number =>
+  quantile(
+    [...values].sort((a, b) => a - b),
+    0.5,
+  );
+
+/** Runs at least 5 times and for about `budgetMs`. */
+export async function measure(
+  device: Device,
+  one: Case,
+  storage: Storage,
+  { variant, budgetMs }: { variant?: string | undefined; budgetMs: number },
+): Promise<Measured> {
+  const built = one.build(storage);
+  const prepared = await prepare(device, built, storage, variant);
+  const { plan } = prepared;
+  try {
+    const times: number[] = [];
+    const cores: number[] = [];
+    let flops = 0;
+    // The first run compiles, the second warms caches.
+    for (let run = -2; run < 5 || (run < 50 && times.reduce((a, b) => a + b, 0) < budgetMs); run++) {
+      const before = driverCpuMs();
+      const timings = await plan.profile(undefined, times.length ? median(times) : 0);
+      const after = driverCpuMs();
+      if (run < 0) continue;
+      times.push(timings.reduce((sum, { ms }) => sum + ms, 0));
+      flops = timings.reduce((sum, timing) => sum + timing.flops, 0);
+      if (before !== undefined && after !== undefined) cores.push((after - before) / cpus().length);
+    }
+    device.check();
+    times.sort((a, b) => a - b);
+    return {
+      ms: quantile(times, 0.5),
+      spreadMs: quantile(times, 0.75) - quantile(times, 0.25),
+      coreMs: device.capabilities.software && cores.length > 0 ? median(cores) : undefined,
+      runs: times.length,
+      flops,
+      bytes: built.bytes,
+      variant: variant ?? 'picked',
+    };
+  } finally {
+    closePrepared(prepared);
+  }
+}
