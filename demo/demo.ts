@@ -169,7 +169,10 @@ async function main(): Promise<void> {
     process.exitCode = (await demonstrate(asked.url, asked)) ? 0 : 1;
     return;
   }
-  const server = await startServer(['--models', `${ASSETS}models`, '--loras', `${ASSETS}loras`]);
+  // Room for a step of every workflow in one batch: two rows a picture.
+  const maxBatch = String(2 * asked.pictures * WORKFLOWS.length);
+  const folders = ['--models', `${ASSETS}models`, '--loras', `${ASSETS}loras`];
+  const server = await startServer([...folders, '--max-batch', maxBatch]);
   try {
     process.exitCode = (await demonstrate(server.url, asked)) ? 0 : 1;
   } finally {

@@ -34,31 +34,31 @@ function prompts(...pairs: readonly string[]): readonly Prompt[] {
 export const WORKFLOWS: readonly Workflow[] = [
   {
     name: 'plain',
-    prompts: prompts('apple on mint', 'cat on sky', 'rocket on night', 'sunflower on white'),
+    prompts: prompts('apple on mint', 'burger on sky', 'butterfly on white', 'sunflower on white'),
     loras: [],
     seed: 11,
   },
   {
     name: 'ink',
-    prompts: prompts('penguin on white', 'house on sky', 'fish on sand', 'mushroom on rose'),
+    prompts: prompts('apple on white', 'butterfly on sky', 'heart on sand', 'star on white'),
     loras: [{ lora: INK, strength: 1 }],
     seed: 22,
   },
   {
     name: 'neon',
-    prompts: prompts('rocket on night', 'umbrella on sky', 'butterfly on mint', 'ghost on night'),
+    prompts: prompts('cactus on night', 'umbrella on sky', 'butterfly on mint', 'frog on white'),
     loras: [{ lora: NEON, strength: 1 }],
     seed: 33,
   },
   {
     name: 'terracotta',
-    prompts: prompts('owl on sand', 'car on white', 'heart on rose', 'snowman on night'),
+    prompts: prompts('panda on sand', 'car on white', 'heart on rose', 'penguin on night'),
     loras: [{ lora: TERRACOTTA, strength: 1 }],
     seed: 44,
   },
   {
     name: 'two at once',
-    prompts: prompts('fox on mint', 'star on night', 'burger on sky', 'balloon on white'),
+    prompts: prompts('strawberry on mint', 'star on night', 'burger on sky', 'butterfly on white'),
     loras: [
       { lora: NEON, strength: 0.6 },
       { lora: TERRACOTTA, strength: 0.6 },
@@ -67,7 +67,7 @@ export const WORKFLOWS: readonly Workflow[] = [
   },
   {
     name: 'against neon',
-    prompts: prompts('frog on rose', 'pizza on mint', 'sun on sky', 'dog on sand'),
+    prompts: prompts('frog on rose', 'strawberry on mint', 'sun on sky', 'car on sand'),
     loras: [
       { lora: INK, strength: 0.4 },
       { lora: NEON, strength: -0.3 },

@@ -155,8 +155,8 @@ def main() -> None:
         "--scratch", type=Path, default=Path("/tmp/unetd-train"), help="for pictures to look at, and for --resume"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the state a cut-off run left")
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--lora-steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--lora-steps", type=int, default=560)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--copies", type=int, default=48, help="augmentations per subject")
     parser.add_argument("--seed", type=int, default=1)
@@ -187,7 +187,8 @@ def main() -> None:
     rounded(model)
     rounded(prompts)
     prompts.requires_grad_(False)
-    draw(model, prompts, args.scratch / "base.png")
+    if "base" in args.only:
+        draw(model, prompts, args.scratch / "base.png")
 
     for name, shape in ADAPTERS.items():
         if name not in args.only:
