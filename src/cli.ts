@@ -83,7 +83,8 @@ async function runServe(flags: ServeFlags): Promise<void> {
       ...(flags.memoryBudget === undefined ? {} : { memoryBudgetBytes: flags.memoryBudget }),
     },
     log: (line) => log.warn(line),
-    output: (line) => log.info({ from: 'engine' }, line),
+    // What drivers print; the last words of an engine that dies are in the error anyway.
+    output: (line) => log.debug({ from: 'engine' }, line),
     ...(flags.engineModule === undefined ? {} : { module: flags.engineModule }),
   });
   let server: RunningServer;
