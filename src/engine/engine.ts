@@ -7,6 +7,7 @@ import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { Device } from '../gpu/device.ts';
 import type { Timing } from '../gpu/plan.ts';
+import { Stopwatch } from '../gpu/stopwatch.ts';
 import { SafetensorsFile } from '../safetensors.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { weightBytes } from '../unet/packed.ts';
@@ -49,6 +50,7 @@ export class Engine implements EngineApi {
   readonly #device: Device;
   readonly #arena: Arena;
   readonly #scratch: Arena;
+  readonly #stopwatch: Stopwatch | undefined;
   readonly #options: EngineOptions;
   readonly #budget: Budget;
   readonly #models = new Map<string, Held>();
@@ -68,6 +70,7 @@ export class Engine implements EngineApi {
     this.device = { name, backend, features };
     this.#arena = new Arena(device, 'arena');
     this.#scratch = new Arena(device, 'lora scratch');
+    this.#stopwatch = Stopwatch.of(device);
     const most = device.capabilities.software ? totalmem() * SOFTWARE_SHARE : Number.MAX_SAFE_INTEGER;
     this.#budget = new Budget({
       limitBytes: options.memoryBudgetBytes ?? Math.floor(most),
@@ -153,6 +156,7 @@ export class Engine implements EngineApi {
     this.#models.clear();
     this.#arena.close();
     this.#scratch.close();
+    this.#stopwatch?.close();
     this.#device.close();
   }
 
@@ -201,6 +205,7 @@ export class Engine implements EngineApi {
       arena: this.#arena,
       scratch: this.#scratch,
       budget: this.#budget,
+      stopwatch: this.#stopwatch,
     };
     const share = Math.min(MAX_POOL_BYTES, this.#budget.limitBytes * POOL_SHARE);
     const poolBytes = Math.floor(this.#options.adapterBudgetBytes ?? share);

@@ -75,7 +75,7 @@ export interface Batch {
 export interface BatchResult {
   /** `out` [N, C_out, H, W] of each request, in its `x` dtype, in the order of the requests. */
   readonly outs: readonly TensorData[];
-  /** Time from the first submit until the results were readable. */
+  /** Time the forward took on the GPU; where the adapter has no timestamps, from submit until the result was readable. */
   readonly gpuMs: number;
 }
 

@@ -158,8 +158,15 @@ export class Plan {
   }
 
   /** Encodes the whole plan as one compute pass. */
-  encode(encoder: GPUCommandEncoder, blocks: SlotBlocks = () => 0): void {
-    const pass = encoder.beginComputePass({ label: this.label });
+  encode(
+    encoder: GPUCommandEncoder,
+    blocks: SlotBlocks = () => 0,
+    timestampWrites?: GPUComputePassTimestampWrites,
+  ): void {
+    const pass = encoder.beginComputePass({
+      label: this.label,
+      ...(timestampWrites ? { timestampWrites } : {}),
+    });
     for (const { ready, grid } of this.#walk(blocks)) this.#dispatch(pass, ready, grid);
     pass.end();
   }
