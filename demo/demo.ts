@@ -172,7 +172,8 @@ async function main(): Promise<void> {
   // Room for a step of every workflow in one batch: two rows a picture.
   const maxBatch = String(2 * asked.pictures * WORKFLOWS.length);
   const folders = ['--models', `${ASSETS}models`, '--loras', `${ASSETS}loras`];
-  const server = await startServer([...folders, '--max-batch', maxBatch]);
+  // The workflows answer each step within milliseconds of each other: waiting that long lets all of them share a batch.
+  const server = await startServer([...folders, '--max-batch', maxBatch, '--batch-wait-ms', '50']);
   try {
     process.exitCode = (await demonstrate(server.url, asked)) ? 0 : 1;
   } finally {
