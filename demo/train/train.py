@@ -155,7 +155,7 @@ def main() -> None:
         "--scratch", type=Path, default=Path("/tmp/unetd-train"), help="for pictures to look at, and for --resume"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the state a cut-off run left")
-    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--steps", type=int, default=1450)
     parser.add_argument("--lora-steps", type=int, default=560)
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--copies", type=int, default=48, help="augmentations per subject")
