@@ -63,7 +63,7 @@ export async function measure(
     // The first run compiles, the second warms caches.
     for (let run = -2; run < 5 || (run < 50 && times.reduce((a, b) => a + b, 0) < budgetMs); run++) {
       const before = driverCpuMs();
-      const timings = await plan.profile(undefined, times.length ? median(times) : 0);
+      const timings = await plan.profile();
       const after = driverCpuMs();
       if (run < 0) continue;
       times.push(timings.reduce((sum, { ms }) => sum + ms, 0));

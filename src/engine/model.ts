@@ -32,7 +32,7 @@ export interface Shared {
   /** T of the low-rank terms: alive from a down projection to the layer behind it. */
   readonly scratch: Arena;
   readonly budget: Budget;
-  /** Undefined where the adapter has no timestamps: then waiting never sleeps. */
+  /** Undefined where the adapter has no timestamps. */
   readonly stopwatch: Stopwatch | undefined;
 }
 
@@ -41,9 +41,6 @@ interface ReadyPlan {
   readonly plan: Plan;
   /** The result, and the stopwatch behind it. */
   readonly staging: GPUBuffer;
-  /** GPU time of the last two runs, the first of all left out: a software driver compiles shaders in it. */
-  recentMs: readonly number[];
-  hasRun: boolean;
 }
 
 export interface ForwardResult {
@@ -116,7 +113,7 @@ export class LoadedModel {
 
   async #run(ready: ReadyPlan, table: LoraTable | undefined, submitted: () => void): Promise<ForwardResult> {
     const { device, arena, stopwatch } = this.#shared;
-    const { plan, unet, staging, recentMs } = ready;
+    const { plan, unet, staging } = ready;
     const { sizeBytes } = unet.out;
     const started = performance.now();
     const encoder = device.gpu.createCommandEncoder();
@@ -125,11 +122,8 @@ export class LoadedModel {
     stopwatch?.stop(encoder, staging, sizeBytes);
     device.gpu.queue.submit([encoder.finish()]);
     submitted();
-    const expectedMs = recentMs.length === 2 ? Math.min(...recentMs) : 0;
-    const bytes = await device.readMapped(staging, sizeBytes + STOPWATCH_BYTES, expectedMs);
+    const bytes = await device.readMapped(staging, sizeBytes + STOPWATCH_BYTES);
     const gpuMs = stopwatch ? elapsedMs(bytes.subarray(sizeBytes)) : performance.now() - started;
-    if (stopwatch) ready.recentMs = ready.hasRun ? [...recentMs.slice(-1), gpuMs] : [];
-    ready.hasRun = true;
     return { out: bytes.subarray(0, sizeBytes), gpuMs };
   }
 
@@ -203,7 +197,7 @@ export class LoadedModel {
     const plan = await Plan.compile(device, arena, unet.spec);
     const stagingBytes = unet.out.sizeBytes + STOPWATCH_BYTES;
     const staging = device.createBuffer('result', stagingBytes, Usage.MAP_READ | Usage.COPY_DST);
-    return { unet, plan, staging, recentMs: [], hasRun: false };
+    return { unet, plan, staging };
   }
 
   /** Uploads feeds and the LoRA table; undefined where no image has low-rank terms. */

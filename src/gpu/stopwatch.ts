@@ -1,6 +1,5 @@
 /**
- * The time a compute pass takes on the GPU itself, by two timestamps. Time on the CPU would count the waiting too, and what
- * is slept through while waiting is chosen by this very number.
+ * The time a compute pass takes on the GPU itself, by two timestamps: time on the CPU would count the waiting too.
  */
 import { type Device, Usage } from './device.ts';
 

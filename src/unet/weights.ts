@@ -19,8 +19,8 @@ import { checkDtypes, isMatrix, matrixBytes, vectorBytes, vectorNames } from './
 
 /** File bytes uploaded at a time: all that loading holds in JS memory. */
 const CHUNK_BYTES = 16 * 1024 * 1024;
-/** Uploads in flight before loading waits for the GPU: the driver keeps a copy of each until it ran. */
-const MAX_QUEUED_CHUNKS = 4;
+/** File bytes in flight before loading waits for the GPU: the driver keeps a copy of them until they are packed. */
+const MAX_QUEUED_BYTES = 4 * CHUNK_BYTES;
 
 /** Progress in file bytes. */
 export type OnBytes = (done: number, total: number) => void;
@@ -112,7 +112,7 @@ class Loader {
   readonly #arena: Arena;
   readonly #made: GPUBuffer[] = [];
   #staging: GPUBuffer | undefined;
-  #queued = 0;
+  #queuedBytes = 0;
   #done = 0;
   #total = 0;
 
@@ -233,9 +233,8 @@ class Loader {
     for (let panel = 0; panel * PANEL < outFeatures; panel += perChunk) {
       const rows = Math.min(perChunk * PANEL, outFeatures - panel * PANEL);
       const outBytes = ceilDiv(rows, PANEL) * panelBytes;
-      await this.#packRows(part, entry, panel * PANEL * rowBytes, rows, rows * rowBytes, {
-        ...resident(id, buffer, panel * panelBytes, outBytes),
-      });
+      const out = resident(id, buffer, panel * panelBytes, outBytes);
+      await this.#packRows(part, entry, panel * PANEL * rowBytes, rows, rows * rowBytes, out);
     }
     const range = (offset: number, sizeBytes: number): Operand => resident(id, buffer, offset, sizeBytes);
     return { buffer, matrix: { slot, inFeatures, outFeatures, kernel, range } };
@@ -276,12 +275,12 @@ class Loader {
     gpu.queue.submit([encoder.finish()]);
     plan.close();
     this.#advance(byteLength);
-    this.#queued += 1;
-    if (this.#queued >= MAX_QUEUED_CHUNKS) await this.#drain();
+    this.#queuedBytes += byteLength;
+    if (this.#queuedBytes >= MAX_QUEUED_BYTES) await this.#drain();
   }
 
   async #drain(): Promise<void> {
-    this.#queued = 0;
+    this.#queuedBytes = 0;
     await this.#device.settle(() => this.#device.gpu.queue.onSubmittedWorkDone());
     // Lets sockets and timers of this process run between chunks.
     await sleep(0);

@@ -93,8 +93,6 @@ export const attentionCase = (shape: AttentionShape): Case => ({
   name: shape.name,
   kernel: attention,
   ...(shape.headDim % 4 === 0 ? {} : { variants: ['scalar'] }),
-  // Registers for more than two quads a head, but not so many that lavapipe gives up unrolling, take it 16 to 26 s.
-  onSoftware: { direct: shape.headDim <= 8 || shape.headDim === 160 ? ['f32', 'f16'] : [] },
   build: (storage) => build(shape, storage),
 });
 

@@ -55,11 +55,6 @@ export interface Case {
   readonly kernel: Kernel;
   /** Variants that can compute this case; all when left out. */
   readonly variants?: readonly string[];
-  /**
-   * Storages in which a variant made for GPUs also runs on a software driver. Lavapipe compiles those for 1 to 26 s
-   * each, and computes them 5 times slower than its own variants.
-   */
-  readonly onSoftware?: Readonly<Record<string, readonly Storage[]>>;
   /** Storages worth a run; both when left out. Wide tensors are what they are anyway in f32. */
   readonly storages?: readonly Storage[];
   readonly build: (storage: Storage) => Built;

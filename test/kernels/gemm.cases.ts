@@ -170,7 +170,6 @@ export const gemmCase = (shape: GemmShape): Case => ({
   name: shape.name,
   kernel: gemm,
   ...storagesOf(shape),
-  onSoftware: { tile: shape.tile ?? [] },
   build: (storage) => build(shape, storage),
 });
 

@@ -1,5 +1,4 @@
 /** Shapes that `gemm` and `lora_down` are tried at: around the tiles, every epilogue, stacks that differ. Data only. */
-import type { Storage } from '../../src/gpu/kernel.ts';
 import type { Wide } from './case.ts';
 import type { ConvShape } from './gemm_reference.ts';
 import type { LoraShape } from './lora_tables.ts';
@@ -19,8 +18,6 @@ export interface GemmShape extends Wide {
   /** Panels of a first weight buffer; the rest lie in a second one. */
   readonly splitPanels?: number;
   readonly lora?: readonly (readonly LoraShape[])[];
-  /** Storages in which the `tile` variant runs on software drivers too. */
-  readonly tile?: readonly Storage[];
 }
 
 const image = (height: number, width: number, stride: 1 | 2 = 1): ConvShape => ({
@@ -56,9 +53,9 @@ const BY_IMAGE = { bias: true, add: 'image', silu: true } as const;
 export const GEMM_SHAPES: readonly GemmShape[] = [
   { name: 'one row', m: 1, channels: 8, n: 4 },
   { name: 'a long sum', m: 3, channels: 5120, n: 32 },
-  { name: 'rows one under the tile', m: 63, channels: 24, n: 28, ...BIASED, tile: ['f32', 'f16'] },
-  { name: 'rows of a whole tile', m: 64, channels: 64, n: 64, ...BIASED, tile: ['f32', 'f16'] },
-  { name: 'rows one over the tile', m: 65, channels: 40, n: 36, ...BIASED, tile: ['f32', 'f16'] },
+  { name: 'rows one under the tile', m: 63, channels: 24, n: 28, ...BIASED },
+  { name: 'rows of a whole tile', m: 64, channels: 64, n: 64, ...BIASED },
+  { name: 'rows one over the tile', m: 65, channels: 40, n: 36, ...BIASED },
   {
     name: 'a prime number of rows in two images',
     images: 2,
@@ -76,7 +73,6 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     n: 132,
     ...BIASED,
     splitPanels: 3,
-    tile: ['f32', 'f16'],
   },
   { name: 'an odd number of panels first', images: 2, m: 9, channels: 16, n: 128, ...BIASED, splitPanels: 1 },
   { name: 'two tensors side by side', images: 2, m: 33, channels: 48, n: 40, split: 32, bias: true },
@@ -91,7 +87,6 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     n: 12,
     conv: image(8, 6, 2),
     bias: true,
-    tile: ['f32'],
   },
   {
     name: 'a convolution of stride 2 over odd sides',
@@ -99,7 +94,6 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     n: 32,
     conv: image(9, 5, 2),
     bias: true,
-    tile: ['f32'],
   },
   {
     name: 'a convolution of the image scaled up twice',
@@ -107,7 +101,6 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     n: 20,
     conv: scaled([4, 5], [8, 10]),
     bias: true,
-    tile: ['f32'],
   },
   {
     name: 'a convolution of the image scaled up to odd sides',
@@ -116,7 +109,6 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     n: 32,
     conv: scaled([5, 3], [9, 6]),
     bias: true,
-    tile: ['f32'],
   },
   {
     name: 'low-rank terms that differ by image',
@@ -145,7 +137,6 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     split: 8,
     lora: STACKS,
     bias: true,
-    tile: ['f16'],
   },
   {
     name: 'low-rank terms of a convolution',
