@@ -128,12 +128,13 @@ async function inspect(root: Root, path: string, folders: Folders): Promise<Foun
   try {
     const real = await realpath(path);
     if (!isAllowed(real, folders)) return 'outside';
-    const info = await stat(real);
+    const info = await stat(real, { bigint: true });
     if (!info.isFile()) return null;
     const name = relative(root.path, path).split(sep).join('/');
     if (root.without !== undefined && name.startsWith(`${root.without}/`)) return null;
-    const version = `${info.size.toString(36)}-${Math.trunc(info.mtimeMs).toString(36)}`;
-    return { name, path: real, sizeBytes: info.size, version };
+    // A file moved into another's place may bear the same time, but not the same inode.
+    const version = [info.size, info.ino, info.mtimeNs].map((part) => part.toString(36)).join('-');
+    return { name, path: real, sizeBytes: Number(info.size), version };
   } catch {
     return null;
   }

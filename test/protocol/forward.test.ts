@@ -5,19 +5,12 @@
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
 import type { Client, Fields, Message } from './client.ts';
 import { ASSETS, MODEL, type Server, serve } from './server.ts';
+import { changed, expectRefusal, noise, outOf, sendForward, small } from './small.ts';
 import { errorOf, f16, f32, readTensors, rows, type Tensor, type Tensors, valuesOf } from './tensors.ts';
 
 const TOLERANCE = { f16: 5e-3, f32: 1e-4 };
 const { tensors: reference, metadata } = readTensors(`${ASSETS}reference.safetensors`);
 const inputs: Tensors = new Map(['x', 'timesteps', 'context'].map((name) => [name, reference.get(name)!]));
-const noise = (count: number): number[] =>
-  Array.from({ length: count }, (_, i) => Math.sin(i * 12.9898) * 1.5);
-/** One image of 8x8: a forward of a few milliseconds, for what needs no reference. */
-const small: Tensors = new Map([
-  ['x', f32([1, 3, 8, 8], noise(192))],
-  ['timesteps', f32([1], [500])],
-  ['context', f32([1, 4, 64], noise(256))],
-]);
 const stack = metadata.stack!.split(',').map((entry) => {
   const [name, strength] = entry.split(':');
   return { lora: `${name}.safetensors`, strength: Number(strength) };
@@ -44,37 +37,10 @@ afterEach(async () => {
 });
 
 const forward = (tensors: Tensors, fields: Fields = {}): Promise<Message> =>
-  client.send('forward', { model: MODEL, ...fields }, tensors);
-
-async function out(tensors: Tensors, fields: Fields = {}): Promise<Tensor> {
-  const answer = await forward(tensors, fields);
-  expect(answer.error).toBeUndefined();
-  return answer.tensors!.get('out')!;
-}
-
-/** The small request with some tensors changed; null leaves one out. */
-function changed(changes: Readonly<Record<string, Tensor | null>>): Tensors {
-  const tensors = new Map(small);
-  for (const [name, tensor] of Object.entries(changes)) {
-    if (tensor) tensors.set(name, tensor);
-    else tensors.delete(name);
-  }
-  return tensors;
-}
-
-async function expectError(tensors: Tensors, fields: Fields, code: string): Promise<void> {
-  const { ok, error } = await forward(tensors, fields);
-  const note = JSON.stringify([
-    fields,
-    ...[...tensors].map(([name, { dtype, shape }]) => [name, dtype, shape]),
-  ]);
-  expect(ok, note.slice(0, 300)).toBe(false);
-  expect(error, note.slice(0, 300)).toEqual({
-    code,
-    message: expect.stringMatching(/.{10}/),
-    details: expect.any(Object),
-  });
-}
+  sendForward(client, tensors, fields);
+const out = (tensors: Tensors, fields: Fields = {}): Promise<Tensor> => outOf(client, tensors, fields);
+const expectError = (tensors: Tensors, fields: Fields, code: string): Promise<void> =>
+  expectRefusal(client, tensors, fields, code);
 
 test('a model that is not loaded is loaded by the forward, which answers in the form of the document', async () => {
   expect((await client.ask('models.list')).result.models[0].loaded).toBe(false);

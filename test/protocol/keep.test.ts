@@ -5,15 +5,9 @@
 import { afterAll, afterEach, beforeAll, beforeEach, expect, test } from 'vitest';
 import type { Client, Fields, Message } from './client.ts';
 import { MODEL, type Server, serve } from './server.ts';
+import { changed, expectRefusal, noise, outOf, sendForward, small } from './small.ts';
 import { errorOf, f32, type Tensor, type Tensors } from './tensors.ts';
 
-const noise = (count: number): number[] =>
-  Array.from({ length: count }, (_, i) => Math.sin(i * 12.9898) * 1.5);
-const small: Tensors = new Map([
-  ['x', f32([1, 3, 8, 8], noise(192))],
-  ['timesteps', f32([1], [500])],
-  ['context', f32([1, 4, 64], noise(256))],
-]);
 let server: Server;
 let client: Client;
 
@@ -29,37 +23,10 @@ afterEach(async () => {
 });
 
 const forward = (tensors: Tensors, fields: Fields = {}): Promise<Message> =>
-  client.send('forward', { model: MODEL, ...fields }, tensors);
-
-async function out(tensors: Tensors, fields: Fields = {}): Promise<Tensor> {
-  const answer = await forward(tensors, fields);
-  expect(answer.error).toBeUndefined();
-  return answer.tensors!.get('out')!;
-}
-
-/** The small request with some tensors changed; null leaves one out. */
-function changed(changes: Readonly<Record<string, Tensor | null>>): Tensors {
-  const tensors = new Map(small);
-  for (const [name, tensor] of Object.entries(changes)) {
-    if (tensor) tensors.set(name, tensor);
-    else tensors.delete(name);
-  }
-  return tensors;
-}
-
-async function expectError(tensors: Tensors, fields: Fields, code: string): Promise<void> {
-  const { ok, error } = await forward(tensors, fields);
-  const note = JSON.stringify([
-    fields,
-    ...[...tensors].map(([name, { dtype, shape }]) => [name, dtype, shape]),
-  ]);
-  expect(ok, note.slice(0, 300)).toBe(false);
-  expect(error, note.slice(0, 300)).toEqual({
-    code,
-    message: expect.stringMatching(/.{10}/),
-    details: expect.any(Object),
-  });
-}
+  sendForward(client, tensors, fields);
+const out = (tensors: Tensors, fields: Fields = {}): Promise<Tensor> => outOf(client, tensors, fields);
+const expectError = (tensors: Tensors, fields: Fields, code: string): Promise<void> =>
+  expectRefusal(client, tensors, fields, code);
 
 test('kept tensors stand in for tensors that are not sent', async () => {
   const expected = await out(small, { keep: { x: 'a', timesteps: 'b', context: '__proto__' } });

@@ -1,6 +1,7 @@
 /** Which files clients can name, what stays out of reach, and uploads. */
-import { existsSync, mkdirSync, rmSync, symlinkSync } from 'node:fs';
+import { existsSync, mkdirSync, renameSync, rmSync, statSync, symlinkSync, utimesSync } from 'node:fs';
 import { join } from 'node:path';
+import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { decode, digest, SafetensorsFile } from '../../src/safetensors.ts';
 import { Library } from '../../src/server/library.ts';
@@ -58,8 +59,16 @@ describe('folders', () => {
     library = await open([place.dir]);
     const before = await library.find('lora', 'double.safetensors');
     expect(await library.find('lora', 'double.safetensors')).toEqual(before);
+    // File systems stamp in ticks of some milliseconds.
+    await sleep(50);
     place.write('loras/double.safetensors', loraFile(7));
-    expect((await library.find('lora', 'double.safetensors')).version).not.toBe(before.version);
+    const rewritten = await library.find('lora', 'double.safetensors');
+    expect(rewritten.version).not.toBe(before.version);
+    place.write('loras/other.safetensors', loraFile(8));
+    const { atimeMs, mtimeMs } = statSync(rewritten.path);
+    utimesSync(join(place.dir, 'loras/other.safetensors'), atimeMs / 1000, mtimeMs / 1000);
+    renameSync(join(place.dir, 'loras/other.safetensors'), rewritten.path);
+    expect((await library.find('lora', 'double.safetensors')).version).not.toBe(rewritten.version);
   });
 
   it.each([
