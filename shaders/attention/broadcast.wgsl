@@ -29,11 +29,11 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
     var at = array<u32, 4>();
     for (var n = 0u; n < 4u; n++) { at[n] = kBase + min(j + n * 8u + lane, p.keys - 1u) * p.rowQuads; }
     for (var d = 0u; d < HEAD_QUADS; d++) {
-      let a = dec(q[qBase + d]);
-      let k0 = dec(k[at[0] + d]);
-      let k1 = dec(k[at[1] + d]);
-      let k2 = dec(k[at[2] + d]);
-      let k3 = dec(k[at[3] + d]);
+      let a = load_q(qBase + d);
+      let k0 = load_k(at[0] + d);
+      let k1 = load_k(at[1] + d);
+      let k2 = load_k(at[2] + d);
+      let k3 = load_k(at[3] + d);
       for (var i = 0u; i < QUERIES; i++) {
         let b = subgroupShuffle(a, i);
         s[i] += vec4f(dot(b, k0), dot(b, k1), dot(b, k2), dot(b, k3));
@@ -53,7 +53,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
       for (var l = 0u; l < 8u; l++) {
         let vBase = kBase + min(j + n * 8u + l, p.keys - 1u) * p.rowQuads;
         for (var c = 0u; c < PASSES; c++) {
-          let value = dec(v[vBase + min(c * 8u + lane, HEAD_QUADS - 1u)]);
+          let value = load_v(vBase + min(c * 8u + lane, HEAD_QUADS - 1u));
           for (var i = 0u; i < QUERIES; i++) { sum[i][c] += value * subgroupShuffle(s[i][n], l); }
         }
       }
@@ -65,7 +65,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
     for (var c = 0u; c < PASSES; c++) {
       let quad = c * 8u + lane;
       if (quad < HEAD_QUADS && q0 + i < p.queries) {
-        out[(image * p.queries + q0 + i) * p.rowQuads + head + quad] = enc(sum[i][c] * norm);
+        save_out((image * p.queries + q0 + i) * p.rowQuads + head + quad, sum[i][c] * norm);
       }
     }
   }

@@ -13,7 +13,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
   let kBase = id.z * p.keys * p.rowQuads + head;
   var a: array<vec4f, HEAD_QUADS>;
   var sum: array<vec4f, HEAD_QUADS>;
-  for (var d = 0u; d < HEAD_QUADS; d++) { a[d] = dec(q[qBase + d]) * p.scale; }
+  for (var d = 0u; d < HEAD_QUADS; d++) { a[d] = load_q(qBase + d) * p.scale; }
   var top = -3.0e38;
   var total = 0.0;
   for (var j = 0u; j < p.keys; j += KEYS) {
@@ -22,7 +22,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     for (var n = 0u; n < KEYS; n++) {
       let base = kBase + min(j + n, p.keys - 1u) * p.rowQuads;
       var score = vec4f(0.0);
-      for (var d = 0u; d < HEAD_QUADS; d++) { score += a[d] * dec(k[base + d]); }
+      for (var d = 0u; d < HEAD_QUADS; d++) { score += a[d] * load_k(base + d); }
       s[n] = dot(score, vec4f(1.0));
       high = max(high, s[n]);
     }
@@ -35,9 +35,9 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     }
     for (var d = 0u; d < HEAD_QUADS; d++) {
       var r = sum[d] * shrink;
-      for (var n = 0u; n < KEYS; n++) { r += s[n] * dec(v[kBase + min(j + n, p.keys - 1u) * p.rowQuads + d]); }
+      for (var n = 0u; n < KEYS; n++) { r += s[n] * load_v(kBase + min(j + n, p.keys - 1u) * p.rowQuads + d); }
       sum[d] = r;
     }
   }
-  for (var d = 0u; d < HEAD_QUADS; d++) { out[qBase + d] = enc(sum[d] / total); }
+  for (var d = 0u; d < HEAD_QUADS; d++) { save_out(qBase + d, sum[d] / total); }
 }

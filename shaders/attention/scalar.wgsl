@@ -3,9 +3,9 @@
 // An invocation owns one query of the fewest heads (1, 2 or 4) that fill whole quads, so no quad has two writers.
 // Precondition: heads * HEAD_DIM is a multiple of 4.
 
-fn qAt(i: u32) -> f32 { return dec(q[i / 4u])[i % 4u]; }
-fn kAt(i: u32) -> f32 { return dec(k[i / 4u])[i % 4u]; }
-fn vAt(i: u32) -> f32 { return dec(v[i / 4u])[i % 4u]; }
+fn qAt(i: u32) -> f32 { return load_q(i / 4u)[i % 4u]; }
+fn kAt(i: u32) -> f32 { return load_k(i / 4u)[i % 4u]; }
+fn vAt(i: u32) -> f32 { return load_v(i / 4u)[i % 4u]; }
 
 const HEADS = select(select(1u, 2u, HEAD_DIM % 4u == 2u), 4u, HEAD_DIM % 2u == 1u);
 
@@ -36,7 +36,7 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
     }
     for (var d = 0u; d < HEAD_DIM; d++) {
       quad[(qBase + d) % 4u] = sum[d] / total;
-      if ((qBase + d) % 4u == 3u) { out[(qBase + d) / 4u] = enc(quad); }
+      if ((qBase + d) % 4u == 3u) { save_out((qBase + d) / 4u, quad); }
     }
   }
 }

@@ -12,7 +12,7 @@ fn erf(v: vec4f) -> vec4f {
 fn main(@builtin(global_invocation_id) id: vec3u) {
   if (id.x >= p.quads || id.y >= p.rows) { return; }
   let base = id.y * 2u * p.quads + id.x;
-  let gate = dec(x[base + p.quads]);
+  let gate = load_x(base + p.quads);
   let gelu = gate * (0.5 + 0.5 * erf(gate * 0.70710678118654752));
-  out[id.y * p.quads + id.x] = enc(dec(x[base]) * gelu);
+  save_out(id.y * p.quads + id.x, load_x(base) * gelu);
 }

@@ -26,5 +26,5 @@ fn main(@builtin(global_invocation_id) id: vec3u) {
       v[i] = srcAt((row * p.channels + channel) * p.taps + tap);
     }
   }
-  out[p.outOffset + panel * p.taps * p.paddedChannels * quads + id.x] = enc(v);
+  save_out(p.outOffset + panel * p.taps * p.paddedChannels * quads + id.x, v);
 }

@@ -26,7 +26,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
     let source = seek(row, tap);
     // One quad of k per turn: unrolled by two, lavapipe is 4 % (f16) to 40 % (f32) slower and compiles longer.
     for (var c = 0u; c < p.kQuads; c++) {
-      outer(&acc, loadA(source, c), array(dec(w[b]), dec(w[b + 8u]), dec(w[b + 16u]), dec(w[b + 24u])));
+      outer(&acc, loadA(source, c), array(load_w(b), load_w(b + 8u), load_w(b + 16u), load_w(b + 24u)));
       b += 32u;
     }
   }

@@ -9,7 +9,7 @@ fn loraBlocks(image: u32) -> vec2u { return table[p.slotRow + image].xy; }
 
 // Quad `index` (k * 8 + column quad) of a panel of the block's up matrix.
 fn loraUp(block: u32, panel: u32, index: u32) -> vec4f {
-  return dec(up[table[block].y + panel * 64u + index]);
+  return load_up(table[block].y + panel * 64u + index);
 }
 
 // Values 4*half .. 4*half+3 of row m of T.

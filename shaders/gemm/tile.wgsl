@@ -48,8 +48,8 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
       if (tap < TAPS) {
         tileA[index * 2u] = loadA(source, step * 2u);
         tileA[index * 2u + 1u] = loadA(source, step * 2u + 1u);
-        tileB[index] = dec(w[b]);
-        tileB[index + 64u] = dec(w[b + 32u]);
+        tileB[index] = load_w(b);
+        tileB[index + 64u] = load_w(b + 32u);
         b += 64u;
       } else {
         let block = blocks.x + step;

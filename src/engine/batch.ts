@@ -7,18 +7,15 @@ import { fromF32, toF32 } from '../half.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { storedChannels } from '../unet/draft.ts';
 import { type ControlPattern, timestepEmbedding, type UNetShape } from '../unet/plan.ts';
+import { CONTROL_LISTS, imagesOf } from './check.ts';
 import type { StepRequest, TensorData } from './types.ts';
-
-export const imagesOf = (request: StepRequest): number => request.x.shape[0] ?? 0;
-
-const LISTS = ['input', 'middle', 'output'] as const;
 
 /** The shape that all requests of a batch share, with the images of all together. */
 export function shapeOf(requests: readonly StepRequest[]): UNetShape {
   const [first] = requests;
   if (!first) throw new Error('a batch needs a request');
-  const control: { [list in (typeof LISTS)[number]]?: readonly boolean[] } = {};
-  for (const list of LISTS) {
+  const control: { [list in (typeof CONTROL_LISTS)[number]]?: readonly boolean[] } = {};
+  for (const list of CONTROL_LISTS) {
     const entries = first.control?.[list];
     if (entries) control[list] = entries.map((entry) => entry !== null);
   }
@@ -57,7 +54,7 @@ export function feedsOf(
     fromF32(dtype, timestepEmbedding(toF32('F32', r.timesteps.data), config.modelChannels)),
   );
   feeds.set('time', concat(time));
-  for (const list of LISTS)
+  for (const list of CONTROL_LISTS)
     requests[0]?.control?.[list]?.forEach((entry, i) => {
       if (entry !== null)
         put(

@@ -10,7 +10,10 @@ import type { StepRequest, TensorData } from './types.ts';
 type ImageShape = readonly [number, number, number];
 type Control = NonNullable<StepRequest['control']>;
 
-const LISTS = ['input', 'middle', 'output'] as const;
+/** The lists of control residuals, as the reference names them. */
+export const CONTROL_LISTS = ['input', 'middle', 'output'] as const;
+
+export const imagesOf = (request: StepRequest): number => request.x.shape[0] ?? 0;
 
 /** Shapes of the residuals each block takes, by number of the block. */
 export interface ControlShapes {
@@ -49,7 +52,7 @@ export function checkStep(config: UNetConfig, request: StepRequest, model: strin
 
 /** Requests with the same key can run as one forward, whatever their LoRA stacks, timesteps and dtypes. */
 export function batchKey({ x, context, y, control }: StepRequest): string {
-  const pattern = LISTS.map((list) =>
+  const pattern = CONTROL_LISTS.map((list) =>
     (control?.[list] ?? []).map((entry) => (entry === null ? '0' : '1')).join(''),
   );
   return `${x.shape.slice(1)}|${context.shape.slice(1)}|${y === undefined ? '' : y.shape[1]}|${pattern.join('/')}`;
@@ -143,8 +146,8 @@ function checkControl(
   model: string,
 ): Control | null {
   const shapes = controlShapes(config, height, width);
-  const out: { [list in (typeof LISTS)[number]]?: readonly (TensorData | null)[] } = {};
-  for (const list of LISTS) {
+  const out: { [list in (typeof CONTROL_LISTS)[number]]?: readonly (TensorData | null)[] } = {};
+  for (const list of CONTROL_LISTS) {
     const entries = control[list];
     if (entries === undefined || entries.every((entry) => entry === null)) continue;
     const blocks = shapes[list];

@@ -12,9 +12,9 @@ import { SafetensorsFile } from '../safetensors.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { weightBytes } from '../unet/packed.ts';
 import { Weights } from '../unet/weights.ts';
-import { feedsOf, imagesOf, outsOf, shapeOf } from './batch.ts';
+import { feedsOf, outsOf, shapeOf } from './batch.ts';
 import { Budget, type MemoryUse } from './budget.ts';
-import { checkBatch, checkStep } from './check.ts';
+import { checkBatch, checkStep, imagesOf } from './check.ts';
 import { inspectModel } from './inspect.ts';
 import { LoadedModel } from './model.ts';
 import type {

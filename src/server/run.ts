@@ -2,6 +2,7 @@
  * Runs one batch on an engine so that a bad request fails alone: what does not fit into memory is halved, what fails
  * otherwise is run again request by request. Chooses no requests (`batcher.ts`) and checks none.
  */
+import { imagesOf } from '../engine/check.ts';
 import type { EngineApi, StepRequest, TensorData } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
 
@@ -110,10 +111,6 @@ async function runHalves(
   }
   const gpuMs = parts.reduce((sum, part) => sum + part.gpuMs, 0);
   return { out: joinImages(parts.map((part) => part.out)), gpuMs, images: parts[0]!.images, requests: 1 };
-}
-
-export function imagesOf(step: StepRequest): number {
-  return step.x.shape[0] ?? 0;
 }
 
 /** Images `start` to `end` (exclusive) of a step; the tensors share memory with it. */

@@ -2,7 +2,7 @@
  * Takes one checked forward from request to result: loads what it names, queues it, runs its batch. Joins `residents.ts`,
  * `batcher.ts` and `run.ts`; knows connections only by name.
  */
-import { batchKey, checkStep } from '../engine/check.ts';
+import { batchKey, checkStep, imagesOf } from '../engine/check.ts';
 import type { EngineApi, StepRequest, TensorData } from '../engine/types.ts';
 import { Batcher, type Job } from './batcher.ts';
 import type { Clock } from './clock.ts';
@@ -10,7 +10,7 @@ import { completeControl, type ForwardMessage } from './forward.ts';
 import type { Metrics } from './metrics.ts';
 import type { Timing } from './protocol.ts';
 import type { Residents } from './residents.ts';
-import { imagesOf, runSteps, type StepOutcome } from './run.ts';
+import { runSteps, type StepOutcome } from './run.ts';
 
 export interface SchedulerOptions {
   readonly maxBatch: number;

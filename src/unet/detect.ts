@@ -2,9 +2,10 @@
  * From tensor names and shapes to a UNetConfig: SD 1.x, 2.x, SDXL, its refiner, and their distilled and inpainting
  * relatives, in LDM or diffusers layout, alone or inside a checkpoint. Reads no weights and no files.
  */
+import { GROUPS } from '../kernels/norm.ts';
 import type { UNetConfig } from './config.ts';
 import { ldmNames } from './diffusers.ts';
-import { NORM_GROUPS, partsOf, tensorsOf } from './layers.ts';
+import { partsOf, tensorsOf } from './layers.ts';
 import { alteredBy, looksLike } from './recognise.ts';
 import { blocksOf, invalid, type Shapes } from './structure.ts';
 
@@ -157,8 +158,8 @@ function validate(config: UNetConfig, shapes: Shapes): void {
     });
   }
   for (const { id, kind, outFeatures } of partsOf(config)) {
-    if (kind === 'group_norm' && outFeatures % NORM_GROUPS !== 0) {
-      invalid(`${id} normalises ${outFeatures} channels, which do not divide into ${NORM_GROUPS} groups`);
+    if (kind === 'group_norm' && outFeatures % GROUPS !== 0) {
+      invalid(`${id} normalises ${outFeatures} channels, which do not divide into ${GROUPS} groups`);
     }
   }
 }

@@ -4,9 +4,6 @@
  */
 import type { Layer, UNetConfig, UNetModule } from './config.ts';
 
-/** Groups of every GroupNorm. */
-export const NORM_GROUPS = 32;
-
 /** A leaf module with weights. Norms have a weight and a bias of [outFeatures]. */
 export interface Part extends Omit<Layer, 'kind'> {
   readonly kind: 'linear' | 'conv' | 'norm' | 'group_norm';
