@@ -4,7 +4,8 @@ import { defineConfig, type ViteUserConfig } from 'vitest/config';
 const config: ViteUserConfig = defineConfig({
   test: {
     include: ['test/**/*.test.ts'],
-    exclude: ['test/full/**'],
+    // These need more than a machine as it is: PyTorch's references, a browser, HAProxy. They have runs of their own.
+    exclude: ['test/full/**', 'test/comfyui/**', 'test/monitor/**', 'test/scale/**'],
     pool: 'forks',
     fileParallelism: false,
     testTimeout: 120_000,

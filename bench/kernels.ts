@@ -74,7 +74,7 @@ const git = (...args: string[]): string => {
   }
 };
 
-const commit = (): string =>
+export const commit = (): string =>
   (git('rev-parse', '--short', 'HEAD') || 'unknown') + (git('status', '--porcelain') ? ' + changes' : '');
 
 interface Row extends Measured {

@@ -22,7 +22,7 @@ export interface Measured {
 }
 
 /** Processor time of all threads but the first, which is JavaScript's; undefined where /proc has no such file. */
-function driverCpuMs(): number | undefined {
+export function driverCpuMs(): number | undefined {
   try {
     const tasks = readdirSync('/proc/self/task').filter((task) => Number(task) !== process.pid);
     const ns = tasks.map((task) =>
@@ -34,13 +34,14 @@ function driverCpuMs(): number | undefined {
   }
 }
 
-const quantile = (sorted: readonly number[], q: number): number => {
+/** Linear between neighbours; `sorted` ascends. */
+export const quantile = (sorted: readonly number[], q: number): number => {
   const at = (sorted.length - 1) * q;
   const low = sorted[Math.floor(at)] ?? 0;
   return low + ((sorted[Math.ceil(at)] ?? 0) - low) * (at % 1);
 };
 
-const median = (values: readonly number[]): number =>
+export const median = (values: readonly number[]): number =>
   quantile(
     [...values].sort((a, b) => a - b),
     0.5,

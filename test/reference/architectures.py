@@ -29,7 +29,7 @@ class Architecture:
     all_adapters: bool = True
 
 
-def _unet(
+def unet(
     *,
     in_channels: int = 4,
     model_channels: int,
@@ -65,7 +65,7 @@ def _unet(
 
 
 def _sd1(in_channels: int = 4, model_channels: int = 32, context: int = 48) -> Arguments:
-    return _unet(
+    return unet(
         in_channels=in_channels,
         model_channels=model_channels,
         mult=[1, 2, 4, 4],
@@ -80,7 +80,7 @@ def _sd1(in_channels: int = 4, model_channels: int = 32, context: int = 48) -> A
 
 def _xl(depth: list[int], depth_out: list[int], middle: int, res: int = 2, **size: Any) -> Arguments:  # noqa: ANN401
     small = {"model_channels": 64, "mult": [1, 2, 4], "context": 64, "adm": 96}
-    return _unet(res=[res] * 3, depth=depth, depth_out=depth_out, middle=middle, linear=True, **{**small, **size})
+    return unet(res=[res] * 3, depth=depth, depth_out=depth_out, middle=middle, linear=True, **{**small, **size})
 
 
 SMALL: tuple[Architecture, ...] = (
@@ -89,7 +89,7 @@ SMALL: tuple[Architecture, ...] = (
     Architecture("sd1-instruct", _sd1(in_channels=8), modules=False, all_adapters=False),
     Architecture(
         "sd1-wide",  # the first level of the real one: heads 40 wide
-        _unet(
+        unet(
             model_channels=320,
             mult=[1],
             res=[1],
@@ -105,7 +105,7 @@ SMALL: tuple[Architecture, ...] = (
     ),
     Architecture(
         "sd2",
-        _unet(
+        unet(
             model_channels=64,
             mult=[1, 2, 4],
             res=[2, 2, 2],
@@ -125,7 +125,7 @@ SMALL: tuple[Architecture, ...] = (
     ),
     Architecture(
         "sdxl-refiner",
-        _unet(
+        unet(
             model_channels=64,
             mult=[1, 2, 4, 4],
             res=[2, 2, 2, 2],

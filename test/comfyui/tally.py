@@ -1,0 +1,12 @@
+"""A pytest plugin that prints the closing line `N passed, N failed[, N skipped]`, as test/tally.ts does for vitest."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Errors outside of tests, of fixtures for example, count as failures."""
+    count = {name: len(terminalreporter.stats.get(name, ())) for name in ("passed", "failed", "error", "skipped")}
+    skipped = f", {count['skipped']} skipped" if count["skipped"] else ""
+    terminalreporter.write_line(f"\n{count['passed']} passed, {count['failed'] + count['error']} failed{skipped}")
