@@ -1,116 +1,71 @@
 #!/usr/bin/env node
 /**
- * The command line: `unetd serve`, `unetd devices`, `unetd models`. Reads options, starts things, prints; every failure is one
+ * The command line: `unetd serve`, `top`, `devices` and `models`. Reads options, starts things, prints; every failure is one
  * sentence on standard error and exit code 1.
  */
-import { Command, InvalidArgumentError, Option } from 'commander';
+import { Command, Option } from 'commander';
 import { EngineProcess } from './engine/process.ts';
 import { UnetdError } from './errors.ts';
+import { sizeText } from './format.ts';
 import { SafetensorsFile } from './safetensors.ts';
 import { type FoundFile, listFiles, openFolders } from './server/folders.ts';
 import { checkListen } from './server/guard.ts';
-import { createLog, LOG_LEVELS, type Logger, type LogLevel } from './server/log.ts';
-import type { DtypeChoice } from './server/protocol.ts';
-import { DEFAULTS, type RunningServer, serve, serverName } from './server/serve.ts';
+import { createLog, type Logger } from './server/log.ts';
+import { type RunningServer, serve, serverName } from './server/serve.ts';
+import { applyFile, count, modelsOption, type Settings, serveOptions, strangeVariables } from './settings.ts';
+import { type TopOptions, top } from './top.ts';
 import { inspectUNet } from './unet/detect.ts';
 
-interface ServeFlags {
-  readonly models: readonly string[];
-  readonly loras: readonly string[];
-  readonly host: string;
-  readonly port: number;
-  readonly token?: string;
-  readonly dtype: DtypeChoice;
-  readonly memoryBudget?: number;
-  readonly maxBatch: number;
-  readonly batchWaitMs: number;
-  readonly queueLimit: number;
-  readonly uploadQuota: number;
-  readonly allowHost: readonly string[];
-  readonly allowOrigin: readonly string[];
-  readonly adapter?: string;
-  readonly logLevel: LogLevel;
-  /** File URL of another engine, for tests of everything above it. */
-  readonly engineModule?: string;
-}
-
-const UNITS: Readonly<Record<string, number>> = {
-  '': 1,
-  b: 1,
-  kb: 1e3,
-  mb: 1e6,
-  gb: 1e9,
-  kib: 1024,
-  mib: 1024 ** 2,
-  gib: 1024 ** 3,
-};
-
-function bytes(text: string): number {
-  const [, count = '', unit = ''] = /^([\d.]+)\s*([a-z]*)$/i.exec(text) ?? [];
-  const value = Math.floor(Number(count) * (UNITS[unit.toLowerCase()] ?? Number.NaN));
-  if (count !== '' && Number.isSafeInteger(value) && value > 0) return value;
-  throw new InvalidArgumentError('Give a number of bytes like 12GiB or 800MB.');
-}
-
-/** A parser of whole numbers from `from` to `to`. */
-function count(from: number, to: number): (text: string) => number {
-  return (text) => {
-    const value = Number(text);
-    if (text.trim() !== '' && Number.isInteger(value) && value >= from && value <= to) return value;
-    throw new InvalidArgumentError(`Give a whole number from ${from} to ${to}.`);
-  };
-}
-
-function collect(value: string, before: readonly string[] | undefined): readonly string[] {
-  return [...(before ?? []), value];
-}
-
-/** `12.3 GiB` */
-function size(value: number): string {
-  const unit = value >= UNITS.gib! ? 'GiB' : 'MiB';
-  return `${(value / UNITS[unit.toLowerCase()]!).toFixed(value >= 10 * UNITS.mib! ? 1 : 2)} ${unit}`;
-}
-
-async function runServe(flags: ServeFlags): Promise<void> {
-  const log = createLog(flags.logLevel);
+async function runServe(settings: Settings): Promise<void> {
+  const { models = [], loras = [], allowHost = [], allowOrigin = [] } = settings;
+  const log = createLog(settings.logLevel);
+  for (const name of strangeVariables(process.env)) log.warn({ name }, 'no setting has this name: ignored');
+  if (models.length === 0) {
+    throw new UnetdError(
+      'ERR_BAD_REQUEST',
+      'No folder of models: give --models, UNETD_MODELS, or "models" in the file of --config.',
+    );
+  }
   // What can be refused at once should not wait for the GPU.
-  checkListen(flags.host, flags.token);
-  await openFolders(flags.models, flags.loras);
+  checkListen(settings.host, settings.token);
+  await openFolders(models, loras);
   const engine = await EngineProcess.start({
     engine: {
-      maxBatch: flags.maxBatch,
-      ...(flags.adapter === undefined ? {} : { adapter: flags.adapter }),
-      ...(flags.memoryBudget === undefined ? {} : { memoryBudgetBytes: flags.memoryBudget }),
+      maxBatch: settings.maxBatch,
+      ...(settings.adapter === undefined ? {} : { adapter: settings.adapter }),
+      ...(settings.memoryBudget === undefined ? {} : { memoryBudgetBytes: settings.memoryBudget }),
     },
     log: (line) => log.warn(line),
     // What drivers print; the last words of an engine that dies are in the error anyway.
     output: (line) => log.debug({ from: 'engine' }, line),
-    ...(flags.engineModule === undefined ? {} : { module: flags.engineModule }),
+    ...(settings.engineModule === undefined ? {} : { module: settings.engineModule }),
   });
   let server: RunningServer;
   try {
     server = await serve({
       engine,
       log,
-      models: flags.models,
-      loras: flags.loras,
-      host: flags.host,
-      port: flags.port,
-      ...(flags.token === undefined ? {} : { token: flags.token }),
-      dtype: flags.dtype,
-      maxBatch: flags.maxBatch,
-      batchWaitMs: flags.batchWaitMs,
-      queueLimit: flags.queueLimit,
-      uploadQuotaBytes: flags.uploadQuota,
-      allowHosts: flags.allowHost,
-      allowOrigins: flags.allowOrigin,
+      models,
+      loras,
+      host: settings.host,
+      port: settings.port,
+      ...(settings.token === undefined ? {} : { token: settings.token }),
+      dtype: settings.dtype,
+      maxBatch: settings.maxBatch,
+      batchWaitMs: settings.batchWaitMs,
+      queueLimit: settings.queueLimit,
+      maxConnections: settings.maxConnections,
+      uploadQuotaBytes: settings.uploadQuota,
+      allowHosts: allowHost,
+      allowOrigins: allowOrigin,
+      drainMs: settings.drainSeconds * 1000,
     });
   } catch (error) {
     await engine.close();
     throw error;
   }
   endOnSignal(server, engine, log);
-  log.info({ device: engine.device.name, backend: engine.device.backend }, serverName());
+  log.info({ device: engine.device.name, backend: engine.device.backend, url: server.url }, serverName());
   process.stdout.write(`unetd listening on ${server.url}\n`);
 }
 
@@ -147,7 +102,7 @@ async function runModels({ models }: { readonly models: readonly string[] }): Pr
   const folders = await openFolders(models, []);
   const files = await listFiles(folders, 'model');
   for (const file of files) {
-    process.stdout.write(`${file.name}\t${size(file.sizeBytes)}\t${await architecture(file)}\n`);
+    process.stdout.write(`${file.name}\t${sizeText(file.sizeBytes)}\t${await architecture(file)}\n`);
   }
   if (files.length === 0) process.stderr.write(`No .safetensors files in ${models.join(', ')}.\n`);
 }
@@ -169,9 +124,44 @@ async function architecture({ path }: FoundFile): Promise<string> {
   }
 }
 
-/** An option that may be given several times. */
-function listOption(flags: string, what: string): Option {
-  return new Option(flags, `${what} (repeatable)`).argParser(collect);
+interface TopFlags extends Omit<TopOptions, 'intervalMs'> {
+  readonly interval: number;
+}
+
+function addServe(root: Command): void {
+  const command = root
+    .command('serve')
+    .description('run the server')
+    .addOption(
+      new Option(
+        '--config <file>',
+        'JSON file of these settings, under the names of the flags in camelCase',
+      ).env('UNETD_CONFIG'),
+    );
+  for (const option of serveOptions()) command.addOption(option);
+  command
+    .addOption(new Option('--engine-module <url>').hideHelp())
+    .hook('preAction', () => {
+      const { config } = command.opts<{ readonly config?: string }>();
+      if (config !== undefined) applyFile(command, config);
+    })
+    .action(runServe);
+}
+
+function addTop(root: Command): void {
+  root
+    .command('top')
+    .description('show what a running server does')
+    .addOption(
+      new Option('--url <url>', 'address of the server').default('ws://127.0.0.1:8700/v1').env('UNETD_URL'),
+    )
+    .addOption(new Option('--token <token>', 'its bearer token').env('UNETD_TOKEN'))
+    .addOption(
+      new Option('--interval <seconds>', 'time between two looks').argParser(count(1, 3600)).default(1),
+    )
+    .option('--once', 'show one screen and end', false)
+    .option('--json', 'print the statistics as JSON, one line a look', false)
+    .action(({ interval, ...flags }: TopFlags) => top({ ...flags, intervalMs: interval * 1000 }));
 }
 
 function program(): Command {
@@ -180,42 +170,13 @@ function program(): Command {
     .description('Holds diffusion UNets on the GPU and serves their forwards, with LoRAs per request.')
     .version(version)
     .showHelpAfterError('(--help shows all options)');
-  const models = (): Option =>
-    listOption(
-      '--models <dir...>',
-      'folder of models, plain or as ComfyUI lays it out',
-    ).makeOptionMandatory();
-  root
-    .command('serve')
-    .description('run the server')
-    .addOption(models())
-    .addOption(listOption('--loras <dir...>', 'folder of LoRAs').default([], 'none'))
-    .option('--host <host>', 'address to listen on', DEFAULTS.host)
-    .option('--port <port>', 'port to listen on, 0 for any', count(0, 65_535), DEFAULTS.port)
-    .addOption(new Option('--token <token>', 'bearer token that clients must send').env('UNETD_TOKEN'))
-    .addOption(
-      new Option('--dtype <dtype>', 'storage of weights and activations')
-        .choices(['auto', 'f32', 'f16'])
-        .default('auto'),
-    )
-    .option('--memory-budget <bytes>', 'GPU memory to use, like 12GiB', bytes)
-    .option('--max-batch <images>', 'most images of one forward', count(1, 1024), DEFAULTS.maxBatch)
-    .option('--batch-wait-ms <ms>', 'how long a request waits for others to join it', count(0, 60_000), 0)
-    .option('--queue-limit <requests>', 'most requests that wait', count(1, 1_000_000), DEFAULTS.queueLimit)
-    .option('--upload-quota <bytes>', 'disk space for uploaded files', bytes, DEFAULTS.uploadQuotaBytes)
-    .addOption(
-      listOption('--allow-host <name>', 'further name clients may use for this server').default([], 'none'),
-    )
-    .addOption(listOption('--allow-origin <origin>', 'web page that may connect').default([], 'none'))
-    .option('--adapter <name>', 'part of the name of the GPU to use')
-    .addOption(new Option('--log-level <level>', 'what to log').choices(LOG_LEVELS).default('info'))
-    .addOption(new Option('--engine-module <url>').hideHelp())
-    .action(async (flags: ServeFlags) => runServe(flags));
+  addServe(root);
+  addTop(root);
   root.command('devices').description('list the GPU adapters').action(runDevices);
   root
     .command('models')
     .description('list the models in folders')
-    .addOption(models())
+    .addOption(modelsOption().makeOptionMandatory())
     .action(async (flags: { readonly models: readonly string[] }) => runModels(flags));
   return root;
 }

@@ -1,5 +1,6 @@
 /**
- * Which requests run together and when: a queue per connection, one batch at a time, round robin between connections.
+ * Which requests run together and when: a queue per connection, one batch at a time. The leader of a batch comes from the
+ * connection whose lead batches have taken least time; places beside it go to those who have waited longest for any.
  * Pure logic over an injected clock and an injected way to run a batch (`run.ts`); knows no sockets, tensors or GPU.
  */
 import { UnetdError } from '../errors.ts';
@@ -12,6 +13,8 @@ export interface Job<Work> {
   /** Jobs of one model with the same key can run together. */
   readonly key: string;
   readonly images: number;
+  /** The rest of a request of which a part has run: a full queue does not refuse it. */
+  readonly admitted?: boolean;
   readonly work: Work;
 }
 
@@ -44,12 +47,25 @@ interface Entry<Work, Result> {
   readonly reject: (error: unknown) => void;
 }
 
+/** Jobs of one model and key, as they wait. */
+interface Group {
+  images: number;
+  oldest: number;
+}
+
 export class Batcher<Work, Result> {
   readonly options: BatcherOptions;
   readonly #run: RunBatch<Work, Result>;
   readonly #clock: Clock;
-  /** Queues of owners that have any waiting job; the first one leads the next batch. */
+  /** Queues of owners that have any waiting job; the owner that has waited longest since it got a place comes first. */
   readonly #queues = new Map<string, Entry<Work, Result>[]>();
+  /**
+   * Start-time fair queueing (Goyal, Vin and Cheng 1996) over the leads: owner -> milliseconds of the batches it has led, counted
+   * from where the least served owner stood when it joined. Those who only ride along in a batch pay nothing.
+   */
+  readonly #led = new Map<string, number>();
+  /** Where the owner that led last stood when it did. */
+  #level = 0;
   #waiting = 0;
   #running = 0;
   #cancelTimer: (() => void) | null = null;
@@ -70,19 +86,40 @@ export class Batcher<Work, Result> {
     return this.#running;
   }
 
-  /** Queues a job. ERR_BUSY when the queue is full, ERR_CANCELLED when `signal` aborts before its batch starts. */
+  /**
+   * Queues a job. ERR_CANCELLED (the reason of `signal`) when that aborts before its batch starts. ERR_BUSY when the queue is full:
+   * this job's, or, where another owner has more jobs waiting, that of the last of those.
+   */
   submit(job: Job<Work>, signal?: AbortSignal): Promise<Result> {
-    if (this.#waiting >= this.options.queueLimit) return Promise.reject(this.#busy());
     if (signal?.aborted) return Promise.reject(signal.reason);
+    const isFull = this.#waiting >= this.options.queueLimit && job.admitted !== true;
+    if (isFull && !this.#makeRoom(job.owner)) return Promise.reject(this.#busy());
     return new Promise((resolve, reject) => {
       const entry: Entry<Work, Result> = { job, arrivedAt: this.#clock.now(), resolve, reject };
       const queue = this.#queues.get(job.owner);
-      if (queue === undefined) this.#queues.set(job.owner, [entry]);
+      if (queue === undefined) this.#join(job.owner, entry);
       else queue.push(entry);
       this.#waiting += 1;
       signal?.addEventListener('abort', () => this.#withdraw(entry, signal.reason), { once: true });
       this.#advance();
     });
+  }
+
+  /** A queue that begins anew. Time without jobs is not saved up: nobody stands below the level. */
+  #join(owner: string, entry: Entry<Work, Result>): void {
+    this.#queues.set(owner, [entry]);
+    this.#led.set(owner, Math.max(this.#led.get(owner) ?? 0, this.#level));
+  }
+
+  /** Takes the last job of the longest queue back, where that is longer than this owner's would become. */
+  #makeRoom(owner: string): boolean {
+    const longest = [...this.#queues.values()].reduce((a, b) => (b.length > a.length ? b : a), []);
+    const own = this.#queues.get(owner)?.length ?? 0;
+    const last = longest.findLast(({ job }) => job.admitted !== true);
+    if (last === undefined || longest.length <= own + 1) return false;
+    last.reject(this.#busy());
+    this.#remove(last);
+    return true;
   }
 
   /** Removes a job that still waits; one that already runs is left to finish, its result goes nowhere. */
@@ -105,68 +142,77 @@ export class Batcher<Work, Result> {
   #advance(): void {
     this.#cancelTimer?.();
     this.#cancelTimer = null;
-    if (this.#running > 0) return;
-    let soonest = Number.POSITIVE_INFINITY;
-    for (const owner of this.#queues.keys()) {
-      const batch = this.#choose(owner);
-      const left = this.#patience(batch);
-      if (left <= 0) {
-        this.#passTurn(owner, batch);
-        void this.#start(batch);
-        return;
+    if (this.#running > 0 || this.#waiting === 0) return;
+    const groups = this.#groups();
+    const now = this.#clock.now();
+    const left = (entry: Entry<Work, Result>): number => {
+      const { images, oldest } = groups.get(groupOf(entry))!;
+      return images >= this.options.capOf(entry.job) ? 0 : oldest + this.options.waitMs - now;
+    };
+    // Sorting is stable: of those who have led as much, the one that has waited longest comes first.
+    const owners = [...this.#queues.keys()].sort((a, b) => this.#led.get(a)! - this.#led.get(b)!);
+    for (const owner of owners) {
+      const leader = this.#queues.get(owner)!.find((entry) => left(entry) <= 0);
+      if (leader !== undefined) return void this.#start(this.#choose(leader));
+    }
+    const soonest = Math.min(...[...groups.values()].map(({ oldest }) => oldest)) + this.options.waitMs - now;
+    this.#cancelTimer = this.#clock.after(soonest, () => this.#advance());
+  }
+
+  #groups(): ReadonlyMap<string, Group> {
+    const groups = new Map<string, Group>();
+    for (const queue of this.#queues.values()) {
+      for (const entry of queue) {
+        const group = groups.get(groupOf(entry)) ?? { images: 0, oldest: entry.arrivedAt };
+        group.images += entry.job.images;
+        group.oldest = Math.min(group.oldest, entry.arrivedAt);
+        groups.set(groupOf(entry), group);
       }
-      soonest = Math.min(soonest, left);
     }
-    if (soonest < Number.POSITIVE_INFINITY) {
-      this.#cancelTimer = this.#clock.after(soonest, () => this.#advance());
-    }
+    return groups;
   }
 
-  /** Milliseconds the batch may still wait for company; none when it is full. */
-  #patience(batch: readonly Entry<Work, Result>[]): number {
-    const images = batch.reduce((sum, entry) => sum + entry.job.images, 0);
-    if (this.options.waitMs <= 0 || images >= this.options.capOf(batch[0]!.job)) return 0;
-    const oldest = Math.min(...batch.map((entry) => entry.arrivedAt));
-    return oldest + this.options.waitMs - this.#clock.now();
-  }
-
-  /** The first job of the owner, then compatible ones, one per owner and round in order of turns, while they fit. */
-  #choose(owner: string): readonly Entry<Work, Result>[] {
-    const own = this.#queues.get(owner)!;
-    const leader = own[0]!;
+  /** The leader and compatible jobs beside it while they fit, each place to the owner that has fewest images in the batch. */
+  #choose(leader: Entry<Work, Result>): readonly Entry<Work, Result>[] {
     const cap = this.options.capOf(leader.job);
     const batch = [leader];
     let images = leader.job.images;
-    const others = [...this.#queues.values()].filter((queue) => queue !== own);
-    // The leader has had the first place of the first round, so the others come first in each round.
-    const candidates = [...others, own].map((queue) =>
-      queue.filter(
-        (entry) =>
-          entry !== leader && entry.job.model === leader.job.model && entry.job.key === leader.job.key,
-      ),
-    );
-    for (let round = 0; candidates.some((queue) => round < queue.length); round += 1) {
-      for (const queue of candidates) {
-        const entry = queue[round];
-        if (entry === undefined || images + entry.job.images > cap) continue;
-        batch.push(entry);
-        images += entry.job.images;
+    const group = groupOf(leader);
+    const sides = [...this.#queues].map(([owner, queue]) => ({
+      images: owner === leader.job.owner ? images : 0,
+      rest: queue.filter((entry) => entry !== leader && groupOf(entry) === group),
+    }));
+    for (;;) {
+      for (const side of sides) {
+        while (side.rest.length > 0 && images + side.rest[0]!.job.images > cap) side.rest.shift();
       }
+      const open = sides.filter(({ rest }) => rest.length > 0);
+      const [first] = open;
+      if (first === undefined) return batch;
+      const side = open.reduce((a, b) => (b.images < a.images ? b : a), first);
+      const entry = side.rest.shift()!;
+      batch.push(entry);
+      images += entry.job.images;
+      side.images += entry.job.images;
     }
-    return batch;
   }
 
-  /** Takes the batch out of the queues and puts its leader's owner behind all others. */
-  #passTurn(owner: string, batch: readonly Entry<Work, Result>[]): void {
+  /** Takes the batch out of the queues and puts its owners behind all others, the leader's last. */
+  #take(batch: readonly Entry<Work, Result>[]): void {
     for (const entry of batch) this.#remove(entry);
-    const rest = this.#queues.get(owner);
-    if (rest === undefined) return;
-    this.#queues.delete(owner);
-    this.#queues.set(owner, rest);
+    for (const owner of new Set(batch.map(({ job }) => job.owner).reverse())) {
+      const rest = this.#queues.get(owner);
+      if (rest === undefined) continue;
+      this.#queues.delete(owner);
+      this.#queues.set(owner, rest);
+    }
   }
 
   async #start(batch: readonly Entry<Work, Result>[]): Promise<void> {
     const startedAt = this.#clock.now();
+    const { owner } = batch[0]!.job;
+    this.#level = this.#led.get(owner)!;
+    this.#take(batch);
     this.#running = batch.length;
     try {
       const outcomes = await this.#run(
@@ -184,7 +230,16 @@ export class Batcher<Work, Result> {
     this.#batchMs = this.#clock.now() - startedAt;
     this.#batchRequests = batch.length;
     this.#running = 0;
+    this.#charge(owner, this.#batchMs);
     this.#advance();
+  }
+
+  /** Adds to what the owner has led, and forgets owners that nothing need be remembered of. */
+  #charge(owner: string, ms: number): void {
+    this.#led.set(owner, this.#led.get(owner)! + ms);
+    for (const [each, led] of this.#led) {
+      if (led <= this.#level && !this.#queues.has(each)) this.#led.delete(each);
+    }
   }
 
   #busy(): UnetdError {
@@ -196,4 +251,8 @@ export class Batcher<Work, Result> {
       { waiting: this.#waiting, limit: this.options.queueLimit, retryAfterMs },
     );
   }
+}
+
+function groupOf({ job }: { readonly job: Pick<Job<unknown>, 'model' | 'key'> }): string {
+  return `${job.model}\n${job.key}`;
 }

@@ -9,6 +9,7 @@ import type { FileKind } from './folders.ts';
 import { readForward } from './forward.ts';
 import type { KeptTensors } from './kept.ts';
 import type { Library } from './library.ts';
+import type { Logger } from './log.ts';
 import type { Metrics } from './metrics.ts';
 import type { DtypeChoice, ModelEntry, Operation, ServerStats } from './protocol.ts';
 import type { Residents } from './residents.ts';
@@ -22,6 +23,7 @@ export interface Services {
   readonly residents: Residents;
   readonly scheduler: Scheduler;
   readonly metrics: Metrics;
+  readonly log: Logger;
   readonly stats: () => Promise<ServerStats>;
   readonly isDraining: () => boolean;
 }

@@ -103,6 +103,31 @@ export interface WireError {
   readonly details: Readonly<Record<string, unknown>>;
 }
 
+/** One open connection. */
+export interface ConnectionStats {
+  /** As the log calls it. */
+  readonly owner: string;
+  /** Address of the peer; that of a proxy where there is one. */
+  readonly from: string;
+  readonly ageMs: number;
+  readonly openRequests: number;
+  /** Forwards that gave a result, and their images. */
+  readonly forwards: number;
+  readonly images: number;
+  readonly receivedBytes: number;
+  readonly sentBytes: number;
+}
+
+/** Work done with one model since the server started; `other` stands for those beyond a fixed number of names. */
+export interface ModelWork {
+  readonly model: string;
+  readonly forwards: number;
+  readonly images: number;
+  /** Forwards of the engine, each for a whole batch. */
+  readonly steps: number;
+  readonly gpuMs: number;
+}
+
 export interface ServerStats {
   readonly server: string;
   readonly uptimeMs: number;
@@ -110,12 +135,29 @@ export interface ServerStats {
   readonly engine: EngineStats;
   readonly restarts: number;
   readonly connections: number;
+  readonly peers: readonly ConnectionStats[];
+  readonly traffic: {
+    /** Bytes on the sockets of all WebSockets so far. */
+    readonly receivedBytes: number;
+    readonly sentBytes: number;
+    readonly accepted: number;
+    /** Upgrades refused. */
+    readonly refused: number;
+  };
   readonly queue: { readonly requests: number; readonly limit: number; readonly running: number };
+  /** LoRAs that requests without a place in the running batch wait for. */
+  readonly waitingLoras: readonly string[];
+  readonly work: readonly ModelWork[];
+  /** Error code -> requests answered with it. */
+  readonly errors: Readonly<Partial<Record<ErrorCode, number>>>;
+  /** Memory of the process that serves the sockets; the engine has its own. */
+  readonly residentBytes: number;
   readonly forwards: {
     readonly completed: number;
     readonly failed: number;
     readonly cancelled: number;
     readonly images: number;
+    /** Forwards of the engine, each for a whole batch. */
     readonly batches: number;
     /** Mean requests and images of the batches since the start. */
     readonly meanBatchRequests: number;

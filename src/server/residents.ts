@@ -31,6 +31,7 @@ export class Residents {
   readonly #defaultDtype: DtypeChoice;
   readonly #models = new Map<string, ModelInfo>();
   readonly #loading = new Map<string, Loading>();
+  /** `model/NAME` or `lora/NAME` -> requests. */
   readonly #uses = new Map<string, number>();
   /** Model -> LoRA -> adapter. */
   readonly #adapters = new Map<string, Map<string, ResidentAdapter>>();
@@ -47,11 +48,14 @@ export class Residents {
     return this.#models.get(name);
   }
 
-  /** Whether a file is loaded or being loaded, so that it may have to be read again after a restart of the engine. */
+  /**
+   * Whether a file may have to be read soon: that of a model which is loaded, or of a LoRA which a request names that waits
+   * or runs. Every LoRA that was ever loaded would be too many: an upload quota would fill for good.
+   */
   isNeeded(kind: FileKind, name: string): boolean {
     if (kind === 'model') return this.#models.has(name) || this.#loading.has(name);
     const loading = [...this.#adapterLoading.keys()].some((key) => key.endsWith(`\n${name}`));
-    return loading || [...this.#adapters.values()].some((adapters) => adapters.has(name));
+    return loading || this.#uses.has(`lora/${name}`);
   }
 
   /** Loads a model as `model.load` does: a changed file, or another dtype than the loaded one asked for, loads it anew. */
@@ -126,16 +130,19 @@ export class Residents {
     return done;
   }
 
-  /** Counts a request as using the model until the result is called. */
-  use(model: string): () => void {
-    this.#uses.set(model, (this.#uses.get(model) ?? 0) + 1);
+  /** Counts a request as using the model and the LoRAs until the result is called. */
+  use(model: string, loras: readonly string[] = []): () => void {
+    const keys = [`model/${model}`, ...loras.map((lora) => `lora/${lora}`)];
+    for (const key of keys) this.#uses.set(key, (this.#uses.get(key) ?? 0) + 1);
     let over = false;
     return () => {
       if (over) return;
       over = true;
-      const left = (this.#uses.get(model) ?? 1) - 1;
-      if (left > 0) this.#uses.set(model, left);
-      else this.#uses.delete(model);
+      for (const key of keys) {
+        const left = (this.#uses.get(key) ?? 1) - 1;
+        if (left > 0) this.#uses.set(key, left);
+        else this.#uses.delete(key);
+      }
     };
   }
 
@@ -180,7 +187,7 @@ export class Residents {
   }
 
   #refuseBusy(name: string, what: string): void {
-    const uses = this.#uses.get(name) ?? 0;
+    const uses = this.#uses.get(`model/${name}`) ?? 0;
     if (uses === 0) return;
     throw new UnetdError(
       'ERR_MODEL_BUSY',

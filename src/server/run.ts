@@ -145,7 +145,8 @@ export function sliceImages(step: StepRequest, start: number, end: number): Step
   };
 }
 
-function joinImages(parts: readonly TensorData[]): TensorData {
+/** The images of all parts, in order. */
+export function joinImages(parts: readonly TensorData[]): TensorData {
   const first = parts[0]!;
   const images = parts.reduce((sum, part) => sum + (part.shape[0] ?? 0), 0);
   return {

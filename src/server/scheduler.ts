@@ -5,12 +5,14 @@
 import { batchKey, checkStep, imagesOf } from '../engine/check.ts';
 import type { EngineApi, StepRequest, TensorData } from '../engine/types.ts';
 import { Batcher, type Job } from './batcher.ts';
+import { BatchCaps } from './caps.ts';
 import type { Clock } from './clock.ts';
+import { LoraDemand } from './demand.ts';
 import { completeControl, type ForwardMessage } from './forward.ts';
 import type { Metrics } from './metrics.ts';
 import type { Timing } from './protocol.ts';
 import type { Residents } from './residents.ts';
-import { runSteps, type StepOutcome } from './run.ts';
+import { joinImages, runSteps, type StepOutcome, sliceImages } from './run.ts';
 
 export interface SchedulerOptions {
   readonly maxBatch: number;
@@ -21,24 +23,22 @@ export interface SchedulerOptions {
 interface Work {
   readonly step: StepRequest;
   readonly signal: AbortSignal;
+  /** To be called when its batch starts. */
+  readonly waited: () => void;
 }
 
 interface Done extends StepOutcome {
   readonly startedAt: number;
 }
 
-/** Most (model, key) pairs whose reduced batch size is remembered. */
-const MAX_CAPS = 1024;
-
 export class Scheduler {
   readonly #engine: EngineApi;
   readonly #residents: Residents;
   readonly #metrics: Metrics;
   readonly #clock: Clock;
-  readonly #maxBatch: number;
+  readonly #caps: BatchCaps;
   readonly #batcher: Batcher<Work, Done>;
-  /** Batch sizes that memory forced below `maxBatch`, by model and key. */
-  readonly #caps = new Map<string, number>();
+  readonly #demand = new LoraDemand();
 
   constructor(
     engine: EngineApi,
@@ -51,10 +51,10 @@ export class Scheduler {
     this.#residents = residents;
     this.#metrics = metrics;
     this.#clock = clock;
-    this.#maxBatch = options.maxBatch;
+    this.#caps = new BatchCaps(options.maxBatch, clock);
     this.#batcher = new Batcher(
       {
-        capOf: (job) => this.#caps.get(capKey(job)) ?? options.maxBatch,
+        capOf: (job) => this.#caps.of(capKey(job)),
         waitMs: options.batchWaitMs,
         queueLimit: options.queueLimit,
       },
@@ -68,6 +68,11 @@ export class Scheduler {
     return { requests: waiting, limit: options.queueLimit, running };
   }
 
+  /** LoRAs that requests without a place in the running batch ask for. */
+  get waitingLoras(): readonly string[] {
+    return this.#demand.waiting;
+  }
+
   /** Runs a forward for a connection. Rejects with the abort reason of `signal`, or an UnetdError. */
   async forward(
     owner: string,
@@ -77,45 +82,75 @@ export class Scheduler {
     const arrivedAt = this.#clock.now();
     const { model } = message;
     const info = this.#residents.model(model) ?? (await this.#residents.needModel(model));
-    const release = this.#residents.use(model);
+    const loras = message.step.loras.map(({ lora }) => lora);
+    const release = this.#residents.use(model, loras);
+    let waited = (): void => {};
     try {
       const step = checkStep(info.config, completeControl(message, info.config), model);
-      for (const { lora } of step.loras) await this.#residents.needAdapter(lora, model);
+      for (const lora of loras) await this.#residents.needAdapter(lora, model);
+      waited = this.#demand.wait(loras);
+      // What cannot be made ready makes its own forward fail.
+      if (loras.length > 0) await this.#engine.readyAdapters(model, loras).catch(() => {});
+      const done = await this.#runParts({ owner, model, key: batchKey(step) }, { step, signal, waited });
       const images = imagesOf(step);
-      const job = { owner, model, key: batchKey(step), images, work: { step, signal } };
-      const done = await this.#batcher.submit(job, signal);
       const timing: Timing = {
         queueMs: round(done.startedAt - arrivedAt),
         gpuMs: round(done.gpuMs),
         batch: done.images,
         batchedRequests: done.requests,
       };
-      this.#metrics.forwarded(timing, images, this.#clock.now() - arrivedAt);
+      const latencyMs = this.#clock.now() - arrivedAt;
+      this.#metrics.forwarded({ owner, model, images, timing, latencyMs });
       return { out: done.out, timing };
     } finally {
+      waited();
       release();
     }
   }
 
+  /** A request of more images than a batch may hold takes several turns, between which others have theirs. */
+  async #runParts(place: Pick<Job<Work>, 'owner' | 'model' | 'key'>, work: Work): Promise<Done> {
+    const { step, signal } = work;
+    const all = imagesOf(step);
+    const parts: Done[] = [];
+    let start = 0;
+    do {
+      const images = Math.min(all - start, this.#caps.of(capKey(place)));
+      const part = images === all ? step : sliceImages(step, start, start + images);
+      const job = { ...place, images, admitted: start > 0, work: { ...work, step: part } };
+      parts.push(await this.#batcher.submit(job, signal));
+      start += images;
+    } while (start < all);
+    const first = parts[0]!;
+    if (parts.length === 1) return first;
+    return {
+      out: joinImages(parts.map(({ out }) => out)),
+      gpuMs: parts.reduce((sum, { gpuMs }) => sum + gpuMs, 0),
+      images: Math.max(...parts.map(({ images }) => images)),
+      requests: Math.max(...parts.map(({ requests }) => requests)),
+      startedAt: first.startedAt,
+    };
+  }
+
   async #run(jobs: readonly Job<Work>[], startedAt: number): Promise<readonly PromiseSettledResult<Done>[]> {
     const first = jobs[0]!;
+    for (const { work } of jobs) work.waited();
     const cancelled = new Map(jobs.map(({ work }) => [work.step, work.signal]));
     // A cancelled request lets go of the model at once, but its batch still runs.
-    const release = this.#residents.use(first.model);
+    const loras = jobs.flatMap(({ work }) => work.step.loras.map(({ lora }) => lora));
+    const release = this.#residents.use(first.model, loras);
     const outcomes = await runSteps(
       this.#engine,
       first.model,
       jobs.map((job) => job.work.step),
       {
-        maxBatch: this.#batcher.options.capOf(first),
-        onOutOfMemory: (images) => this.#lowerCap(capKey(first), images),
+        maxBatch: this.#caps.of(capKey(first)),
+        onOutOfMemory: (images) => this.#caps.lower(capKey(first), images),
         reload: (model, step) => this.#reload(model, step),
         isCancelled: (step) => cancelled.get(step)?.aborted ?? false,
       },
     );
     release();
-    const images = jobs.reduce((sum, job) => sum + job.images, 0);
-    this.#metrics.batched(images, this.#clock.now() - startedAt);
     return outcomes.map((outcome) =>
       outcome.status === 'fulfilled' ? { ...outcome, value: { ...outcome.value, startedAt } } : outcome,
     );
@@ -126,12 +161,6 @@ export class Scheduler {
     this.#residents.forget(model);
     await this.#residents.needModel(model);
     for (const { lora } of step.loras) await this.#residents.needAdapter(lora, model);
-  }
-
-  #lowerCap(key: string, images: number): void {
-    if (this.#caps.size >= MAX_CAPS) this.#caps.clear();
-    const cap = Math.min(this.#caps.get(key) ?? this.#maxBatch, Math.max(1, Math.floor(images / 2)));
-    this.#caps.set(key, cap);
   }
 }
 

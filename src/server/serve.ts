@@ -14,11 +14,12 @@ import { Library } from './library.ts';
 import type { Logger } from './log.ts';
 import { Metrics, type Observed } from './metrics.ts';
 import type { Services } from './operations.ts';
-import { type DtypeChoice, type Hello, PROTOCOL_VERSION, SOCKET_PATH } from './protocol.ts';
+import { type DtypeChoice, type Hello, PROTOCOL_VERSION, type ServerStats, SOCKET_PATH } from './protocol.ts';
 import { Residents } from './residents.ts';
 import { Scheduler } from './scheduler.ts';
 import type { SessionLimits } from './session.ts';
 import { Sockets } from './sockets.ts';
+import { watched } from './watched.ts';
 
 export interface ServeOptions {
   /** Ended by whoever made it, after the server. */
@@ -41,6 +42,8 @@ export interface ServeOptions {
   readonly uploadQuotaBytes?: number;
   readonly pingMs?: number;
   readonly highWaterBytes?: number;
+  /** How long `drain` waits for open requests before it closes anyway. */
+  readonly drainMs?: number;
   readonly clock?: Clock;
 }
 
@@ -66,10 +69,9 @@ export const DEFAULTS = {
   uploadQuotaBytes: 17_179_869_184,
   pingMs: 20_000,
   highWaterBytes: 67_108_864,
+  drainMs: 120_000,
 } as const;
 const CLOSE_GRACE_MS = 2000;
-/** How long `drain` waits for open requests before it closes anyway. */
-const DRAIN_MS = 120_000;
 
 /** Listens and resolves when clients can connect. ERR_BAD_REQUEST where the options cannot work. */
 export async function serve(options: ServeOptions): Promise<RunningServer> {
@@ -93,7 +95,7 @@ export async function serve(options: ServeOptions): Promise<RunningServer> {
   const drain = onceOnly(async () => {
     state.draining = true;
     options.log.info({ open: scheduler.queue }, 'draining');
-    await within(sockets.idle(), DRAIN_MS, clock);
+    await within(sockets.idle(), options.drainMs ?? DEFAULTS.drainMs, clock);
     await close();
   });
   return { port, url: `ws://${urlHost(guard.host)}:${port}${SOCKET_PATH}`, drain, close };
@@ -109,13 +111,16 @@ interface Assembly {
 
 /** Every part of the server, joined but not listening. */
 async function assemble(options: ServeOptions, guard: GuardOptions, clock: Clock): Promise<Assembly> {
-  const { engine, log } = options;
+  const { log } = options;
   const library = await Library.open({
     models: options.models,
     loras: options.loras ?? [],
     uploadQuotaBytes: options.uploadQuotaBytes ?? DEFAULTS.uploadQuotaBytes,
   });
   const metrics = new Metrics();
+  const { engine: given } = options;
+  const engine = watched(given, metrics, log);
+  let engineStats = await engine.stats();
   const residents = new Residents(engine, library, clock, options.dtype ?? 'auto');
   const scheduler = new Scheduler(engine, residents, metrics, clock, {
     maxBatch: options.maxBatch ?? DEFAULTS.maxBatch,
@@ -123,22 +128,30 @@ async function assemble(options: ServeOptions, guard: GuardOptions, clock: Clock
     queueLimit: options.queueLimit ?? DEFAULTS.queueLimit,
   });
   const state = { draining: false };
-  const isReady = (): boolean => !state.draining && (engine.alive ?? true);
+  const isReady = (): boolean => !state.draining && (given.alive ?? true);
   const observe = (): Observed => ({
     server: serverName(),
     ready: isReady(),
-    restarts: engine.restarts ?? 0,
-    connections: sockets.connections,
+    restarts: given.restarts ?? 0,
+    peers: sockets.peers,
+    traffic: sockets.traffic,
     queue: scheduler.queue,
+    waitingLoras: scheduler.waitingLoras,
     kept: sockets.kept,
     uploads: library.uploads.usage,
   });
+  const stats = async (): Promise<ServerStats> => {
+    // Whoever watches an engine that is down sees it as it was last.
+    engineStats = await engine.stats().catch(() => engineStats);
+    return metrics.stats(observe(), engineStats);
+  };
   const services: Services = {
     library,
     residents,
     scheduler,
     metrics,
-    stats: async () => metrics.stats(observe(), await engine.stats()),
+    log,
+    stats,
     isDraining: () => state.draining,
   };
   const limits: SessionLimits = { ...DEFAULTS, ...options.limits };
@@ -154,8 +167,7 @@ async function assemble(options: ServeOptions, guard: GuardOptions, clock: Clock
     highWaterBytes,
     log,
   });
-  const metricsText = async (): Promise<string> =>
-    metrics.text(observe(), isReady() ? await engine.stats().catch(() => null) : null);
+  const metricsText = async (): Promise<string> => metrics.text(await stats());
   return { library, scheduler, sockets, http: { services, guard, isReady, metricsText }, state };
 }
 

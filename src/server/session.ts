@@ -2,7 +2,7 @@
  * One connection: its open requests, its kept tensors and its window. Turns frames into operations and their outcomes into
  * frames, each request answered exactly once. Sends through a function and so knows no sockets.
  */
-import { UnetdError } from '../errors.ts';
+import { type ErrorCode, UnetdError } from '../errors.ts';
 import type { TensorView } from '../safetensors.ts';
 import { describe } from './fields.ts';
 import { KeptTensors } from './kept.ts';
@@ -20,6 +20,8 @@ export interface SessionLimits {
 /** Progress events closer together than this are left out, but for the last of a stage. */
 const PROGRESS_MS = 50;
 const MAX_ID = 256;
+/** Errors that no client causes: worth a line in the log at any level. */
+const DEFECTS: ReadonlySet<ErrorCode> = new Set(['ERR_INTERNAL', 'ERR_GPU', 'ERR_ENGINE_DOWN']);
 const NO_TENSORS: ReadonlyMap<string, TensorView> = new Map();
 
 export class Session {
@@ -66,6 +68,7 @@ export class Session {
       this.#fail(fault.code === 'ERR_BAD_FRAME' ? null : id, fault, 'unknown');
       return;
     }
+    this.#services.log.debug({ owner: this.owner, id, op, ...subjectOf(message) }, 'request');
     void this.#serve(id, op, message);
   }
 
@@ -184,11 +187,15 @@ export class Session {
       return;
     }
     this.#services.metrics.answered(op, 'ok');
+    const timing = 'fields' in reply ? reply.fields.timing : undefined;
+    this.#services.log.debug({ owner: this.owner, id, op, ...(timing as object | undefined) }, 'answered');
     if (!this.#closed) this.#send(frame);
   }
 
   #fail(id: string | null, { code, message, details }: UnetdError, op: Operation | 'unknown'): void {
     this.#services.metrics.answered(op, code);
+    const level = DEFECTS.has(code) ? 'error' : 'debug';
+    this.#services.log[level]({ owner: this.owner, id, op, code }, message);
     const error: WireError = { code, message, details };
     if (!this.#closed) this.#send(encodeText({ id, ok: false, error }));
   }
@@ -215,6 +222,17 @@ function operationOf({ header, tensors }: Message, id: string): Operation {
     `"${op}" belongs in a ${wanted} frame, request "${id}" came in a ${kind} frame.`,
     { id },
   );
+}
+
+/** What a line of the log says about a request. */
+function subjectOf({ header, tensors }: Message): object {
+  const { model, loras } = header;
+  const images = tensors?.get('x')?.shape[0];
+  return {
+    ...(typeof model === 'string' ? { model: model.slice(0, 200) } : {}),
+    ...(Array.isArray(loras) ? { loras: loras.length } : {}),
+    ...(images === undefined ? {} : { images }),
+  };
 }
 
 function cancelled(why: string): UnetdError {

@@ -9,7 +9,7 @@ import { type WebSocket, WebSocketServer } from 'ws';
 import { type GuardOptions, refusePlace, refuseToken } from './guard.ts';
 import type { Logger } from './log.ts';
 import type { Services } from './operations.ts';
-import { type Hello, SOCKET_PATH, SUBPROTOCOL } from './protocol.ts';
+import { type ConnectionStats, type Hello, type ServerStats, SOCKET_PATH, SUBPROTOCOL } from './protocol.ts';
 import { Session, type SessionLimits } from './session.ts';
 import { encodeText } from './wire.ts';
 
@@ -29,6 +29,7 @@ interface Peer {
   readonly socket: WebSocket;
   readonly stream: Socket;
   readonly session: Session;
+  readonly since: number;
   missedPings: number;
   bytesRead: number;
 }
@@ -43,6 +44,9 @@ export class Sockets {
   readonly #peers = new Set<Peer>();
   readonly #pinger: NodeJS.Timeout;
   #nextOwner = 1;
+  #refused = 0;
+  /** Bytes of connections that have ended. */
+  readonly #past = { receivedBytes: 0, sentBytes: 0 };
 
   constructor(options: SocketOptions) {
     this.#options = options;
@@ -57,8 +61,24 @@ export class Sockets {
     this.#pinger.unref();
   }
 
-  get connections(): number {
-    return this.#peers.size;
+  get peers(): readonly Omit<ConnectionStats, 'forwards' | 'images'>[] {
+    return [...this.#peers].map(({ session, stream, since }) => ({
+      owner: session.owner,
+      from: stream.remoteAddress ?? '',
+      ageMs: performance.now() - since,
+      openRequests: session.open,
+      ...bytesOf(stream),
+    }));
+  }
+
+  get traffic(): ServerStats['traffic'] {
+    const all = [this.#past, ...[...this.#peers].map(({ stream }) => bytesOf(stream))];
+    return {
+      receivedBytes: all.reduce((sum, { receivedBytes }) => sum + receivedBytes, 0),
+      sentBytes: all.reduce((sum, { sentBytes }) => sum + sentBytes, 0),
+      accepted: this.#nextOwner - 1,
+      refused: this.#refused,
+    };
   }
 
   get kept(): { readonly tensors: number; readonly bytes: number } {
@@ -73,6 +93,7 @@ export class Sockets {
   upgrade(request: IncomingMessage, stream: Duplex, head: Buffer): void {
     const refusal = this.#refusal(request);
     if (refusal !== null) {
+      this.#refused += 1;
       this.#options.log.warn({ status: refusal.status, from: request.socket.remoteAddress }, refusal.reason);
       refuseUpgrade(stream, refusal);
       return;
@@ -130,8 +151,9 @@ export class Sockets {
     const { services, limits, log } = this.#options;
     const owner = `connection ${this.#nextOwner++}`;
     const session = new Session(owner, services, limits, (frame) => this.#send(peer, frame));
-    const peer: Peer = { socket, stream, session, missedPings: 0, bytesRead: 0 };
+    const peer: Peer = { socket, stream, session, since: performance.now(), missedPings: 0, bytesRead: 0 };
     this.#peers.add(peer);
+    services.metrics.connected(owner);
     stream.setNoDelay(true);
     log.info({ owner, from: stream.remoteAddress }, 'connected');
     socket.on('message', (data: Buffer, isBinary) =>
@@ -144,7 +166,10 @@ export class Sockets {
     socket.on('close', (code) => {
       this.#peers.delete(peer);
       session.close();
-      log.info({ owner, code }, 'disconnected');
+      const bytes = bytesOf(stream);
+      this.#past.receivedBytes += bytes.receivedBytes;
+      this.#past.sentBytes += bytes.sentBytes;
+      log.info({ owner, code, ...services.metrics.disconnected(owner), ...bytes }, 'disconnected');
     });
     this.#send(peer, encodeText({ ...this.#options.hello() }));
   }
@@ -174,6 +199,11 @@ export class Sockets {
       socket.ping();
     }
   }
+}
+
+/** What has gone over a socket, the HTTP of its upgrade included. */
+function bytesOf(stream: Socket): { readonly receivedBytes: number; readonly sentBytes: number } {
+  return { receivedBytes: stream.bytesRead, sentBytes: stream.bytesWritten };
 }
 
 function refuseUpgrade(

@@ -90,8 +90,13 @@ export class Uploads {
   /** Takes one part; resolves to whether the file is complete. ERR_DIGEST_MISMATCH, ERR_TOO_LARGE, ERR_BAD_REQUEST. */
   async put(put: PutPart, isNeeded: (kind: FileKind, name: string) => boolean): Promise<boolean> {
     checkDigest(put.digest);
-    if (this.has(put.kind, put.digest)) return true;
     const key = `${put.owner}/${put.kind}/${put.digest}`;
+    if (this.has(put.kind, put.digest)) {
+      // Another connection was first with it: what this one has sent so far is of no use.
+      await this.#partials.get(key)?.last.catch(() => {});
+      await this.#abandon(key);
+      return true;
+    }
     const partial = this.#partials.get(key) ?? this.#begin(key, put);
     const mine = partial.last.catch(() => {}).then(() => this.#append(key, partial, put, isNeeded));
     partial.last = mine;
@@ -142,7 +147,10 @@ export class Uploads {
     put: PutPart,
     isNeeded: (kind: FileKind, name: string) => boolean,
   ): Promise<boolean> {
-    if (this.has(put.kind, put.digest)) return true;
+    if (this.has(put.kind, put.digest)) {
+      await this.#abandon(key);
+      return true;
+    }
     if (this.#partials.get(key) !== partial) {
       throw new UnetdError(
         'ERR_BAD_REQUEST',

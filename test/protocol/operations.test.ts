@@ -150,6 +150,7 @@ test('a LoRA is loaded by name and says what matched', async () => {
       layers: expect.any(Number),
       matched: readTensors(`${ASSETS}loras/${lora}`).tensors.size,
       unmatched: [],
+      textEncoder: [],
       sizeBytes: expect.any(Number),
     });
   }

@@ -2,35 +2,12 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import { Batcher, type BatcherOptions, type Job } from '../../src/server/batcher.ts';
-import type { Clock } from '../../src/server/clock.ts';
+import { TestClock } from './test-clock.ts';
 
 interface Running {
   readonly jobs: readonly Job<number>[];
   readonly finish: () => void;
   readonly fail: (error: Error) => void;
-}
-
-class TestClock implements Clock {
-  time = 0;
-  readonly #timers = new Set<{ at: number; action: () => void }>();
-
-  now(): number {
-    return this.time;
-  }
-
-  after(ms: number, action: () => void): () => void {
-    const timer = { at: this.time + ms, action };
-    this.#timers.add(timer);
-    return () => this.#timers.delete(timer);
-  }
-
-  advance(ms: number): void {
-    this.time += ms;
-    for (const timer of [...this.#timers]) {
-      if (timer.at > this.time || !this.#timers.delete(timer)) continue;
-      timer.action();
-    }
-  }
 }
 
 function setUp(options: Partial<BatcherOptions> = {}): {
@@ -149,10 +126,64 @@ describe('the batcher', () => {
     submit('a');
     submit('b');
     submit('b');
-    await expect(submit('c')).rejects.toMatchObject({
+    await expect(submit('b')).rejects.toMatchObject({
       code: 'ERR_BUSY',
       details: { retryAfterMs: expect.any(Number), limit: 2 },
     });
+  });
+
+  it('takes the last place of the connection with most requests for one with fewer', async () => {
+    const { runs, submit, finishAll } = setUp({ queueLimit: 4 });
+    submit('z');
+    const [, , third, fourth] = [1, 2, 3, 4].map(() => submit('a'));
+    const quiet = [submit('b'), submit('c')];
+    for (const lost of [third, fourth]) await expect(lost).rejects.toMatchObject({ code: 'ERR_BUSY' });
+    await expect(submit('b')).rejects.toMatchObject({ code: 'ERR_BUSY' });
+    await finishAll();
+    expect(await Promise.all(quiet)).toEqual([5, 6]);
+    expect(runs.map(owners)).toEqual(['z', 'abca']);
+  });
+
+  it('gives a lead to who comes rarely before another to who has led meanwhile', async () => {
+    const { clock, runs, submit } = setUp({ capOf: () => 1 });
+    const finish = async (): Promise<void> => {
+      clock.advance(10);
+      runs.at(-1)?.finish();
+      await settle();
+    };
+    for (let i = 0; i < 64; i += 1) submit('f');
+    await finish();
+    for (let i = 0; i < 3; i += 1) {
+      submit('v', { key: 'other' });
+      await finish();
+      await finish();
+    }
+    expect(runs.map(owners).join('')).toBe('ffvfvfvf');
+  });
+
+  it('counts time, not batches: short batches lead oftener than long ones', async () => {
+    const { clock, runs, submit } = setUp({ capOf: () => 1 });
+    for (let i = 0; i < 40; i += 1) {
+      submit('long', { key: 'l' });
+      submit('short', { key: 's' });
+    }
+    const time = { long: 0, short: 0 };
+    for (let turn = 0; turn < 24; turn += 1) {
+      const owner = runs[turn]!.jobs[0]!.owner as 'long' | 'short';
+      const ms = owner === 'long' ? 50 : 10;
+      time[owner] += ms;
+      clock.advance(ms);
+      runs[turn]!.finish();
+      await settle();
+    }
+    expect(Math.abs(time.long - time.short)).toBeLessThanOrEqual(50);
+  });
+
+  it('does not let a model that waits for company hold up another of the same connection', () => {
+    const { runs, submit } = setUp({ waitMs: 10 });
+    submit('a', { model: 'slow' });
+    for (let i = 0; i < 4; i += 1) submit('a');
+    expect(runs.map(({ jobs }) => jobs.map(({ model }) => model).join(''))).toEqual(['mmmm']);
   });
 
   it('drops a cancelled request at once, waiting or running', async () => {
@@ -194,7 +225,7 @@ describe('any stream of requests', () => {
     { maxLength: 40 },
   );
 
-  it('is answered once each, in batches that belong together and fit, within one turn of every other connection', async () => {
+  it('is answered once each, in batches that belong together and fit, within one lead of every other connection', async () => {
     await fc.assert(
       fc.asyncProperty(jobs, fc.integer({ min: 0, max: 5 }), async (stream, waitMs) => {
         const { runs, batcher, clock } = setUp({ waitMs });
@@ -230,7 +261,7 @@ describe('any stream of requests', () => {
   });
 });
 
-/** Between two batches that a connection leads, or before its first, no other connection leads twice. */
+/** While a connection waits and gets no place in a batch, no other connection leads twice. */
 function expectTurns(batches: readonly (readonly Job<number>[])[]): void {
   const waiting = new Map<string, number>();
   for (const batch of batches)
@@ -239,15 +270,16 @@ function expectTurns(batches: readonly (readonly Job<number>[])[]): void {
   // The very first batch starts before the others have arrived.
   for (const [index, batch] of batches.entries()) {
     const leader = batch[0]!.owner;
+    const served = new Set(batch.map(({ owner }) => owner));
     for (const { owner } of batch) waiting.set(owner, waiting.get(owner)! - 1);
     if (index > 0) {
       for (const [owner, left] of waiting) {
-        if (owner === leader || left === 0) continue;
+        if (served.has(owner) || left === 0) continue;
         const seen = ledSince.get(owner) ?? new Set<string>();
         expect(seen.has(leader)).toBe(false);
         ledSince.set(owner, seen.add(leader));
       }
     }
-    ledSince.delete(leader);
+    for (const owner of served) ledSince.delete(owner);
   }
 }

@@ -2,8 +2,9 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { fileURLToPath } from 'node:url';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
-import { Client } from '../../src/client.ts';
-import { comfyPlace, type Place, request } from './setting.ts';
+import { Client, floatsOf } from '../../src/client.ts';
+import { comfyPlace, modelFile, type Place, request } from './setting.ts';
+import { standInResult } from './stand-in-engine.ts';
 
 const CLI = fileURLToPath(new URL('../../src/cli.ts', import.meta.url));
 const ROOT = fileURLToPath(new URL('../..', import.meta.url));
@@ -67,11 +68,57 @@ describe('unetd serve', () => {
     expect(JSON.parse(output.err.split('\n')[0]!)).toMatchObject({ device: 'stand-in' });
   });
 
+  it('answers all it has taken when SIGTERM comes under load, and refuses the rest', async () => {
+    const { url, child, exit, output } = await serving('--log-level', 'debug');
+    const clients = await Promise.all(Array.from({ length: 6 }, () => Client.connect(url)));
+    const outcomes: string[] = [];
+    let done = 0;
+    const one = async (client: Client, seed: number): Promise<void> => {
+      const sent = { ...request('fast.safetensors', 1, seed), loras: [] };
+      const outcome = await client.forward(sent).then(
+        ({ out }) => {
+          expect(floatsOf(out)).toEqual(floatsOf(standInResult(sent, new Map())));
+          return 'ok';
+        },
+        ({ code }) => code,
+      );
+      outcomes.push(outcome);
+      if (outcome === 'ok') done += 1;
+    };
+    const flood = clients.map(async (client, index) => {
+      for (let seed = index; !outcomes.includes('ERR_DISCONNECTED'); seed += 1)
+        await Promise.all([one(client, seed), one(client, seed + 100), one(client, seed + 200)]);
+    });
+    await expect.poll(() => done).toBeGreaterThan(200);
+    child.kill('SIGTERM');
+    await Promise.all(flood);
+    expect(await exit).toBe(0);
+    expect(new Set(outcomes).size).toBeLessThanOrEqual(3);
+    for (const outcome of outcomes)
+      expect(['ok', 'ERR_SHUTTING_DOWN', 'ERR_DISCONNECTED']).toContain(outcome);
+    // Every result the server says it sent has arrived.
+    const answers = output.err.split('\n').filter((line) => line.includes('"op":"forward"'));
+    expect(answers.filter((line) => line.includes('"msg":"answered"'))).toHaveLength(done);
+  });
+
+  it('gives up open requests when the time to drain is over', async () => {
+    place.write('checkpoints/slow.safetensors', modelFile({ delayMs: '60000' }));
+    const { url, child, exit } = await serving('--drain-seconds', '1');
+    const client = await Client.connect(url);
+    await client.modelLoad('slow.safetensors');
+    const open = client.forward(request('slow.safetensors'));
+    open.catch(() => {});
+    await expect.poll(async () => (await client.stats()).queue.running).toBe(1);
+    const started = performance.now();
+    child.kill('SIGTERM');
+    await expect(open).rejects.toMatchObject({ code: 'ERR_DISCONNECTED' });
+    expect(performance.now() - started).toBeGreaterThan(900);
+    expect(performance.now() - started).toBeLessThan(4000);
+    expect(await exit).toBe(0);
+  });
+
   it('ends at once on a second signal', async () => {
-    place.write(
-      'checkpoints/slow.safetensors',
-      (await import('./setting.ts')).modelFile({ delayMs: '60000' }),
-    );
+    place.write('checkpoints/slow.safetensors', modelFile({ delayMs: '60000' }));
     const { url, child, exit } = await serving();
     const client = await Client.connect(url);
     await client.modelLoad('slow.safetensors');
@@ -111,6 +158,6 @@ describe('unetd models', () => {
   it('lists names, sizes and what each file is', async () => {
     const { exit, output } = run('models', '--models', place.dir);
     expect(await exit).toBe(0);
-    expect(output.out.split('\n')[0]).toMatch(/^fast\.safetensors\t0\.08 MiB\tThe file is no UNet/);
+    expect(output.out.split('\n')[0]).toMatch(/^fast\.safetensors\t79\.1 KiB\tThe file is no UNet/);
   });
 });

@@ -1,11 +1,12 @@
 /** The engine in a process of its own: what callers notice when it dies, which should be as little as possible. */
+import { rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { floatsOf } from '../../src/client.ts';
 import { EngineProcess } from '../../src/engine/process.ts';
 import type { FileSource, StepRequest } from '../../src/engine/types.ts';
-import { comfyPlace, filled, makePlace, openStage, type Place, request } from './setting.ts';
+import { comfyPlace, filled, makePlace, modelFile, openStage, type Place, request } from './setting.ts';
 import { type StandInEngine, standInResult, TROUBLE } from './stand-in-engine.ts';
 
 const MODULE = new URL('./stand-in-engine.ts', import.meta.url).href;
@@ -105,6 +106,77 @@ describe('the engine process', () => {
     },
   );
 
+  it('ends a process that hangs, starts another and runs the call again', async () => {
+    await engine.close();
+    const log = (line: string): void => void lines.push(line);
+    engine = await EngineProcess.start({ module: MODULE, backoffMs: 10, hangMs: 1500, log });
+    await prepare();
+    const hung = engine.pid!;
+    process.kill(hung, 'SIGSTOP');
+    const { outs } = await engine.forward({ model: SLOW, requests: [step(4)] });
+    expect(floatsOf(outs[0]!)).toEqual(floatsOf(standInResult(step(4), factors)));
+    expect(engine).toMatchObject({ restarts: 1, alive: true });
+    expect(() => process.kill(hung, 0)).toThrow();
+    expect(lines.some((line) => line.includes('it hung: no answer to forward within 1500 ms'))).toBe(true);
+  });
+
+  it('does not take a load that shows progress for hung', async () => {
+    await engine.close();
+    place.write('checkpoints/big.safetensors', modelFile({ loadMs: '900', loadParts: '6' }));
+    engine = await EngineProcess.start({ module: MODULE, backoffMs: 10, hangMs: 600 });
+    expect(await engine.loadModel(source('big.safetensors'), 'f32')).toMatchObject({ dtype: 'f32' });
+    expect(engine.restarts).toBe(0);
+  });
+
+  it('tells at once what it cannot do while no process can be started', async () => {
+    await engine.close();
+    const flag = join(place.dir, 'broken');
+    place.write(
+      'flaky.mjs',
+      Buffer.from(
+        `import { existsSync } from 'node:fs';
+         import { StandInEngine } from ${JSON.stringify(MODULE)};
+         export const Engine = { create: () => {
+           if (existsSync(${JSON.stringify(flag)})) throw new Error('the driver is gone');
+           return StandInEngine.create();
+         } };`,
+      ),
+    );
+    const module = `file://${join(place.dir, 'flaky.mjs')}`;
+    engine = await EngineProcess.start({ module, backoffMs: 300, log: (line) => lines.push(line) });
+    await prepare();
+    place.write('broken', Buffer.of());
+    const running = engine.forward({ model: SLOW, requests: [step(1)] });
+    kill();
+    await expect(running).rejects.toMatchObject({ code: 'ERR_ENGINE_DOWN' });
+    const since = performance.now();
+    await expect(engine.forward({ model: SLOW, requests: [step(1)] })).rejects.toMatchObject({
+      code: 'ERR_ENGINE_DOWN',
+      message: expect.stringContaining('the driver is gone'),
+      details: { retryAfterMs: expect.any(Number) },
+    });
+    expect(performance.now() - since).toBeLessThan(100);
+    rmSync(flag);
+    while (!engine.alive) await sleep(20);
+    const { outs } = await engine.forward({ model: SLOW, requests: [step(2)] });
+    expect(floatsOf(outs[0]!)).toEqual(floatsOf(standInResult(step(2), factors)));
+    expect(lines.some((line) => line.includes('runs again'))).toBe(true);
+  });
+
+  it('forgets a model that ends two processes while they load it again', async () => {
+    await prepare();
+    place.write('checkpoints/slow.safetensors', modelFile({ crash: 'yes' }));
+    kill();
+    await expect(engine.forward({ model: SLOW, requests: [step(1)] })).rejects.toMatchObject({
+      code: expect.stringMatching(/ERR_ENGINE_DOWN|ERR_MODEL_NOT_LOADED/),
+    });
+    while (!engine.alive) await sleep(20);
+    await expect(engine.forward({ model: SLOW, requests: [step(1)] })).rejects.toMatchObject({
+      code: 'ERR_MODEL_NOT_LOADED',
+    });
+    expect(lines.filter((line) => line.includes('could not be loaded again'))).toHaveLength(1);
+  });
+
   it('forgets a model whose file has gone when it starts again', async () => {
     await prepare();
     place.remove();
@@ -173,6 +245,9 @@ describe('a server with an engine process', () => {
       'ERR_ENGINE_DOWN',
       'ok',
     ]);
+    expect(results[1]).toMatchObject({ reason: { message: expect.stringContaining('it is not run again') } });
+    // Once with its batch, twice alone.
+    await expect.poll(async () => (await clients[0]!.stats()).restarts, { timeout: 10_000 }).toBe(4);
     await stage.end();
   });
 });

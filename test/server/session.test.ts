@@ -11,7 +11,7 @@ import { Residents } from '../../src/server/residents.ts';
 import { Scheduler } from '../../src/server/scheduler.ts';
 import { Session } from '../../src/server/session.ts';
 import { decodeFrame, encodeBinary, encodeText } from '../../src/server/wire.ts';
-import { comfyPlace, filled, type Place, tensor } from './setting.ts';
+import { comfyPlace, filled, type Place, SILENT, tensor } from './setting.ts';
 import { StandInEngine } from './stand-in-engine.ts';
 
 let place: Place;
@@ -29,7 +29,7 @@ beforeAll(async () => {
   const stats = (): never => {
     throw new Error('statistics are broken in this test');
   };
-  services = { library, residents, scheduler, metrics, stats, isDraining: () => false };
+  services = { library, residents, scheduler, metrics, log: SILENT, stats, isDraining: () => false };
 });
 
 afterAll(async () => {

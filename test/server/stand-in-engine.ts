@@ -40,7 +40,9 @@ export class StandInEngine implements EngineApi {
   readonly loads: string[] = [];
   readonly #models = new Map<string, Model>();
   #last: Promise<unknown> = Promise.resolve();
+  readonly #turnover = { modelLoads: 0, modelEvictions: 0, adapterLoads: 0, adapterEvictions: 0 };
   #images = 0;
+  #gpuMs = 0;
   #gate: Promise<void> = Promise.resolve();
 
   static create(_options: EngineOptions = {}): Promise<StandInEngine> {
@@ -55,14 +57,19 @@ export class StandInEngine implements EngineApi {
     await file.close();
     const text = file.metadata.get('config');
     if (text === undefined) throw new UnetdError('ERR_MODEL_INVALID', `"${source.name}" is no UNet.`);
-    for (let part = 0; part <= 3; part += 1) progress?.('weights', part, 3);
-    await sleep(Number(file.metadata.get('loadMs') ?? 0));
+    if (file.metadata.has('crash')) process.kill(process.pid, 'SIGKILL');
+    const parts = Number(file.metadata.get('loadParts') ?? 3);
+    for (let part = 0; part <= parts; part += 1) {
+      progress?.('weights', part, parts);
+      if (file.metadata.has('loadMs')) await sleep(Number(file.metadata.get('loadMs')) / parts);
+    }
     const config = JSON.parse(text) as UNetConfig;
     const info = { model: source.name, version: source.version, dtype: stored, config, sizeBytes: 1000 };
     const delayMs = Number(file.metadata.get('delayMs') ?? 0);
     const maxImages = Number(file.metadata.get('maxImages') ?? Number.POSITIVE_INFINITY);
     this.#models.set(source.name, { info, delayMs, maxImages, factors: new Map() });
     this.loads.push(source.name);
+    this.#turnover.modelLoads += 1;
     return info;
   }
 
@@ -78,6 +85,7 @@ export class StandInEngine implements EngineApi {
       if (name === undefined) throw new UnetdError('ERR_LORA_INVALID', `"${source.name}" is empty.`);
       factors.set(source.name, toF32('F32', await file.read(name))[0]!);
       this.loads.push(source.name);
+      this.#turnover.adapterLoads += 1;
       return {
         digest: await file.digest(),
         format: 'stand-in',
@@ -91,6 +99,8 @@ export class StandInEngine implements EngineApi {
       await file.close();
     }
   }
+
+  async readyAdapters(): Promise<void> {}
 
   forward(batch: Batch): Promise<BatchResult> {
     const mine = this.#last.catch(() => {}).then(() => this.#run(batch));
@@ -109,6 +119,7 @@ export class StandInEngine implements EngineApi {
 
   /** Drops what is loaded without telling anyone, as an engine short of memory may. */
   evictAll(): void {
+    this.#turnover.modelEvictions += this.#models.size;
     this.#models.clear();
   }
 
@@ -117,14 +128,22 @@ export class StandInEngine implements EngineApi {
       ...info,
       adapters: [...factors.keys()].map((lora) => ({ lora, sizeBytes: 4 })),
     }));
-    const memory = { budgetBytes: 1e9, weightBytes: 1e6, adapterBytes: 10, arenaBytes: 100, peakBytes: 2e6 };
+    const memory = {
+      budgetBytes: 1e9,
+      adapterBudgetBytes: 40,
+      weightBytes: 1e6,
+      adapterBytes: 10,
+      arenaBytes: 100,
+      peakBytes: 2e6,
+    };
     return {
       device: this.device,
       memory,
       models,
+      turnover: { ...this.#turnover },
       forwards: this.batches.length,
       images: this.#images,
-      gpuMs: 0,
+      gpuMs: this.#gpuMs,
     };
   }
 
@@ -142,6 +161,7 @@ export class StandInEngine implements EngineApi {
     const outs = requests.map((request) => standInResult(request, factors));
     this.batches.push({ model, requests: requests.length, images });
     this.#images += images;
+    this.#gpuMs += delayMs;
     return { outs, gpuMs: delayMs };
   }
 }
