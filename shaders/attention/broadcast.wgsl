@@ -1,72 +1,118 @@
 // out[z, i, h, :] = sum_j softmax_j(scale * q[z, i, h, :] . k[z, j, h, :]) v[z, j, h, :], streamed over j: the scores are
 // never stored (online softmax: Milakov and Gimelshein 2018; FlashAttention 2, Dao 2023).
 //   q, out [image, token, head, HEAD_QUADS]; k, v [image, key, head, HEAD_QUADS], in Quads.
-// For drivers whose subgroups have 8 lanes (software). A subgroup owns QUERIES queries of one head and walks the keys in
-// tiles of 32: for the scores lane l holds the keys l, l+8, l+16, l+24; for the sums it holds the quads l, l+8, ... of v.
-// Preconditions: subgroups of 8 lanes; QUERIES <= 8.
+// For drivers whose subgroups have 8 lanes (software). A subgroup owns 32 queries of one head, four a lane: a vec4f holds
+// one value of each of the four, a mat4x4f one quad of channels (its columns). It walks the keys in tiles of TILE_KEYS;
+// the lanes load a tile's quads once, in order, and spread them by shuffles from a constant lane. A loaded vector costs
+// such a driver as much as tens of multiply-adds, hence so many queries; what a loop carries is masked at every turn,
+// hence several keys a turn.
+// Preconditions: subgroups of 8 lanes; TILE_KEYS a power of two up to 8; TILE_KEYS * HEAD_QUADS a multiple of 8, at
+// most 40.
 
-const PASSES = (HEAD_QUADS + 7u) / 8u;
+// Loads a lane of a tile.
+const LOADS = TILE_KEYS * HEAD_QUADS / 8u;
+const LOWEST = -3.0e38;
+// Weights are relative to a reference that the largest score so far exceeds by at most this: they stay below e^8, and the
+// sums are rescaled a few times in all instead of at every tile.
+const SLACK = 8.0;
 
-@compute @workgroup_size(WORKGROUP)
-fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
-  let lane = index % 8u;
-  let q0 = (group.x * (WORKGROUP / 8u) + index / 8u) * QUERIES;
-  if (q0 >= p.queries) { return; }
-  let image = group.z;
+alias Tile = array<vec4f, LOADS>;
+alias Scores = array<vec4f, TILE_KEYS>;
+alias Rows = array<mat4x4f, HEAD_QUADS>;
+
+// Adds what the eight quads of the load c contribute to the scores. Called for each c by name: lavapipe unrolls no loop past
+// 832 instructions in all, and an array indexed by anything but a constant costs it a gather an element.
+fn score(s: ptr<function, Scores>, q: ptr<function, Rows>, k: ptr<function, Tile>, c: u32) {
+  if (c >= LOADS) { return; }
+  for (var lane = 0u; lane < 8u; lane++) {
+    let at = c * 8u + lane;
+    (*s)[at / HEAD_QUADS] += (*q)[at % HEAD_QUADS] * subgroupShuffle((*k)[c], lane);
+  }
+}
+
+// Adds the weighted values of a tile to the c-th 8 / TILE_KEYS quads of the sums.
+fn weigh(sum: ptr<function, Rows>, weight: ptr<function, Scores>, v: ptr<function, Tile>, c: u32) {
+  if (c >= LOADS) { return; }
+  for (var d = c * (8u / TILE_KEYS); d < (c + 1u) * (8u / TILE_KEYS); d++) {
+    var r = (*sum)[d];
+    for (var n = 0u; n < TILE_KEYS; n++) {
+      let at = n * HEAD_QUADS + d;
+      let w = (*weight)[n];
+      let b = subgroupShuffle((*v)[at / 8u], at % 8u);
+      r += mat4x4f(w * b.x, w * b.y, w * b.z, w * b.w);
+    }
+    (*sum)[d] = r;
+  }
+}
+
+@compute @workgroup_size(8)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let head = group.y * HEAD_QUADS;
-  let mine = min(q0 + lane % QUERIES, p.queries - 1u);
-  let qBase = (image * p.queries + mine) * p.rowQuads + head;
-  let kBase = image * p.keys * p.rowQuads + head;
+  let query = vec4u(group.x * 32u + lane) + vec4u(0u, 8u, 16u, 24u);
+  let row = (group.z * p.queries + min(query, vec4u(p.queries - 1u))) * p.rowQuads + head;
+  // Always HEAD_QUADS; a bound the compiler cannot see keeps these loops from being unrolled, and compiled for long.
+  let quads = min(p.rowQuads, HEAD_QUADS);
+  var q: Rows;
+  for (var d = 0u; d < quads; d++) {
+    q[d] = p.scale * transpose(mat4x4f(load_q(row.x + d), load_q(row.y + d), load_q(row.z + d), load_q(row.w + d)));
+  }
 
-  var top: array<f32, QUERIES>;
-  var total: array<f32, QUERIES>;
-  var sum: array<array<vec4f, PASSES>, QUERIES>;
-  for (var i = 0u; i < QUERIES; i++) { top[i] = -3.0e38; }
-
-  for (var j = 0u; j < p.keys; j += 32u) {
-    // Spelled out: Dawn 0.6.2 zeroes a `var` without initializer once per function, not once per iteration.
-    var s = array<vec4f, QUERIES>();
-    var at = array<u32, 4>();
-    for (var n = 0u; n < 4u; n++) { at[n] = kBase + min(j + n * 8u + lane, p.keys - 1u) * p.rowQuads; }
+  let kBase = group.z * p.keys * p.rowQuads + head;
+  // Quads past the last key are read as the last one: their weights are 0.
+  let last = (p.keys - 1u) * p.rowQuads + HEAD_QUADS - 1u;
+  var place: array<u32, LOADS>;
+  for (var c = 0u; c < LOADS; c++) {
+    let at = c * 8u + lane;
+    place[c] = at / HEAD_QUADS * p.rowQuads + at % HEAD_QUADS;
+  }
+  var sum: Rows;
+  var total = vec4f(0.0);
+  var reference = vec4f(LOWEST);
+  var high = reference;
+  var j = 0u;
+  loop {
+    for (; j < p.keys; j += TILE_KEYS) {
+      let start = j * p.rowQuads;
+      // Spelled out: Dawn 0.6.2 zeroes a `var` without initializer once per function, not once per iteration.
+      var tile = Tile();
+      var s = Scores();
+      for (var c = 0u; c < LOADS; c++) { tile[c] = load_k(kBase + min(start + place[c], last)); }
+      score(&s, &q, &tile, 0u);
+      score(&s, &q, &tile, 1u);
+      score(&s, &q, &tile, 2u);
+      score(&s, &q, &tile, 3u);
+      score(&s, &q, &tile, 4u);
+      high = vec4f(LOWEST);
+      for (var n = 0u; n < TILE_KEYS; n++) { high = max(high, select(vec4f(LOWEST), s[n], j + n < p.keys)); }
+      if (subgroupAny(any(high > reference + SLACK))) { break; }
+      for (var n = 0u; n < TILE_KEYS; n++) {
+        s[n] = select(vec4f(0.0), exp(s[n] - reference), j + n < p.keys);
+        total += s[n];
+      }
+      for (var c = 0u; c < LOADS; c++) { tile[c] = load_v(kBase + min(start + place[c], last)); }
+      weigh(&sum, &s, &tile, 0u);
+      weigh(&sum, &s, &tile, 1u);
+      weigh(&sum, &s, &tile, 2u);
+      weigh(&sum, &s, &tile, 3u);
+      weigh(&sum, &s, &tile, 4u);
+    }
+    if (j >= p.keys) { break; }
+    // The tile at j outgrew the reference; it is scored again with the new one.
+    let next = max(reference, high);
+    let shrink = exp(reference - next);
+    reference = next;
+    total *= shrink;
     for (var d = 0u; d < HEAD_QUADS; d++) {
-      let a = load_q(qBase + d);
-      let k0 = load_k(at[0] + d);
-      let k1 = load_k(at[1] + d);
-      let k2 = load_k(at[2] + d);
-      let k3 = load_k(at[3] + d);
-      for (var i = 0u; i < QUERIES; i++) {
-        let b = subgroupShuffle(a, i);
-        s[i] += vec4f(dot(b, k0), dot(b, k1), dot(b, k2), dot(b, k3));
-      }
-    }
-    let valid = vec4u(j + lane) + vec4u(0u, 8u, 16u, 24u) < vec4u(p.keys);
-    for (var i = 0u; i < QUERIES; i++) {
-      let r = select(vec4f(-3.0e38), s[i] * p.scale, valid);
-      let high = max(top[i], subgroupMax(max(max(r.x, r.y), max(r.z, r.w))));
-      let shrink = exp(top[i] - high);
-      top[i] = high;
-      s[i] = select(vec4f(0.0), exp(r - high), valid);
-      total[i] = total[i] * shrink + dot(s[i], vec4f(1.0));
-      for (var c = 0u; c < PASSES; c++) { sum[i][c] *= shrink; }
-    }
-    for (var n = 0u; n < 4u; n++) {
-      for (var l = 0u; l < 8u; l++) {
-        let vBase = kBase + min(j + n * 8u + l, p.keys - 1u) * p.rowQuads;
-        for (var c = 0u; c < PASSES; c++) {
-          let value = load_v(vBase + min(c * 8u + lane, HEAD_QUADS - 1u));
-          for (var i = 0u; i < QUERIES; i++) { sum[i][c] += value * subgroupShuffle(s[i][n], l); }
-        }
-      }
+      let r = sum[d];
+      sum[d] = mat4x4f(r[0] * shrink, r[1] * shrink, r[2] * shrink, r[3] * shrink);
     }
   }
 
-  for (var i = 0u; i < QUERIES; i++) {
-    let norm = 1.0 / subgroupAdd(total[i]);
-    for (var c = 0u; c < PASSES; c++) {
-      let quad = c * 8u + lane;
-      if (quad < HEAD_QUADS && q0 + i < p.queries) {
-        save_out((image * p.queries + q0 + i) * p.rowQuads + head + quad, sum[i][c] * norm);
-      }
+  for (var d = 0u; d < quads; d++) {
+    let r = sum[d];
+    let mean = transpose(mat4x4f(r[0] / total, r[1] / total, r[2] / total, r[3] / total));
+    for (var i = 0u; i < 4u; i++) {
+      if (query[i] < p.queries) { save_out(row[i] + d, mean[i]); }
     }
   }
 }

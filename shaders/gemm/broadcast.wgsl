@@ -15,7 +15,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   let lane = index % 8u;
   let m0 = (group.y * (WORKGROUP / 8u) + index / 8u) * 8u;
   if (m0 >= p.m) { return; }
-  let image = group.z;
+  let image = p.image0 + group.z;
   let panel = p.panel0 + group.x;
   let m = min(m0 + lane, p.m - 1u);
   let row = rowAt(image, m);

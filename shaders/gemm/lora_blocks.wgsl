@@ -1,6 +1,7 @@
 // Low-rank terms as extra K steps. Every adapter's rank is cut into blocks of 8 (zero padded); one image's stack is the
 // list of all its blocks, so stacks, ranks and strengths are data and the rows of a batch may differ.
-//   table[slotRow + image] = (first block, number of blocks, 0, 0)
+//   table[slotRow + image] = (first block, number of blocks, and the same of all layers that read the tensor, at the first
+//                             of them: what lora_down.wgsl makes the T of)
 //   table[block]           = (down offset, up offset, bits of the scale, index of the block's T)
 //   up [panel][8][32] in Quads at the block's up offset; t [T index][m][8] in f32, already scaled.
 

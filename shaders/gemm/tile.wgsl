@@ -26,7 +26,7 @@ fn accumulate(acc: ptr<function, array<array<vec4f, 2>, 8>>, ty: u32, tx: u32) {
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
-  let image = group.z;
+  let image = p.image0 + group.z;
   let m0 = group.y * 64u;
   let ty = index / 8u;
   let tx = index % 8u;

@@ -16,7 +16,7 @@ fn tokensOf(chunk: u32) -> f32 {
 fn main(@builtin(global_invocation_id) id: vec3u) {
   let group = id.x;
   if (group >= p.groups) { return; }
-  let image = id.y;
+  let image = p.image0 + id.y;
   let first = group * p.groupChannels;
   // Summed as distances from the first mean: a large common offset costs no digits.
   let origin = momentAt(image, 0u, 0u, first);

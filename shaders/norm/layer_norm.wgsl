@@ -1,11 +1,12 @@
-// out[r, c] = (x[r, c] - mean_r) / sqrt(var_r + eps) * gamma[c] + beta[c] over rows r of all images (biased variance).
-// LANES invocations share a row and reduce through workgroup memory; LANES = 1 needs none (software drivers).
-// Two passes over the row, so nothing cancels. Precondition: LANES is a power of two that divides 64.
+// out[r, c] = (x[r, c] - mean_r) / sqrt(var_r + eps) * gamma[c] + beta[c] over the rows r of each image (biased variance).
+// For any GPU: LANES invocations share a row and reduce through workgroup memory. Two passes over the row, so nothing
+// cancels.
+
+const LANES = 16u;
 
 var<workgroup> partial: array<f32, 64>;
 
 fn reduce(index: u32, value: f32) -> f32 {
-  if (LANES == 1u) { return value; }
   partial[index] = value;
   for (var step = LANES / 2u; step > 0u; step /= 2u) {
     workgroupBarrier();
@@ -20,7 +21,7 @@ fn reduce(index: u32, value: f32) -> f32 {
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
   let row = group.x * (64u / LANES) + index / LANES;
-  let base = min(row, p.rows - 1u) * p.quads;
+  let base = ((p.image0 + group.y) * p.rows + min(row, p.rows - 1u)) * p.quads;
   let lane = index % LANES;
   var sum = vec4f(0.0);
   for (var q = lane; q < p.quads; q += LANES) { sum += load_x(base + q); }

@@ -16,15 +16,22 @@ export interface ChildOptions {
   readonly module?: string;
   /** Takes each line that the process prints. */
   readonly output?: (line: string) => void;
+  /** How long the process may take to start; 5 minutes unless told. */
+  readonly startMs?: number;
 }
 
 interface Pending {
   readonly resolve: (value: unknown) => void;
   readonly reject: (error: UnetdError) => void;
   readonly progress: Progress | undefined;
+  /** Ends the process when the answer does not come. */
+  readonly watchdog: NodeJS.Timeout;
 }
 
+const START_MS = 300_000;
 const CLOSE_MS = 5000;
+/** A process that a driver holds in the kernel does not end when it is killed: it is given up after this long. */
+const KILL_MS = 10_000;
 /** Characters of its last words that a message quotes. */
 const LAST_WORDS = 300;
 
@@ -37,22 +44,33 @@ export class Child {
   readonly #pending: Map<number, Pending>;
   #nextId = 1;
   #hasExited = false;
+  #killed: string | null = null;
+  #giveUp: (reason: string) => void = () => {};
 
   private constructor(child: ChildProcess, device: DeviceInfo, exited: Promise<string>) {
     this.#process = child;
     this.device = device;
     this.#pending = new Map();
-    this.exited = exited.then((reason) => {
+    const givenUp = new Promise<string>((resolve) => {
+      this.#giveUp = resolve;
+    });
+    this.exited = Promise.race([exited, givenUp]).then((end) => {
+      const reason = this.#killed === null ? end : `${this.#killed}; ${end}`;
       this.#hasExited = true;
-      for (const { reject } of this.#pending.values()) reject(gone(reason));
+      for (const { reject, watchdog } of this.#pending.values()) {
+        clearTimeout(watchdog);
+        reject(gone(reason));
+      }
       this.#pending.clear();
       return reason;
     });
     child.on('message', (message: FromEngine) => this.#receive(message));
+    // Without its channel it can answer nothing more; if it is ending by itself, it may.
+    child.on('disconnect', () => setTimeout(() => this.#end(), CLOSE_MS).unref());
   }
 
   /** Rejects with the engine's own error where it could not be made, ERR_ENGINE_DOWN where the process ended before that. */
-  static async start({ engine, module, output }: ChildOptions): Promise<Child> {
+  static async start({ engine, module, output, startMs = START_MS }: ChildOptions): Promise<Child> {
     const child = fork(new URL(`./child${extension()}`, import.meta.url), [module ?? ownEngine()], {
       serialization: 'advanced',
       execArgv: extension() === '.ts' ? ['--import', tsx()] : [],
@@ -81,12 +99,15 @@ export class Child {
       });
       void exited.then((reason) => reject(gone(reason)));
     });
+    const watchdog = setTimeout(() => child.kill('SIGKILL'), startMs);
     try {
       post(child, { kind: 'start', options: engine ?? {} });
       return new Child(child, await ready, exited);
     } catch (error) {
       child.kill('SIGKILL');
       throw error;
+    } finally {
+      clearTimeout(watchdog);
     }
   }
 
@@ -102,37 +123,55 @@ export class Child {
     return performance.now() - this.#startedAt;
   }
 
-  /** Rejects with the engine's error, or ERR_ENGINE_DOWN when the process ends first. */
-  call(method: EngineMethod, args: CallArguments, progress: Progress | undefined): Promise<unknown> {
+  /**
+   * Rejects with the engine's error, or ERR_ENGINE_DOWN when the process ends first. One that gives no answer for `limitMs`, counted
+   * from its last sign of progress, is hung: it is ended.
+   */
+  call(
+    method: EngineMethod,
+    args: CallArguments,
+    progress: Progress | undefined,
+    limitMs: number,
+  ): Promise<unknown> {
     if (this.#hasExited) return Promise.reject(gone('it had ended before'));
     return new Promise((resolve, reject) => {
       const id = this.#nextId++;
-      this.#pending.set(id, { resolve, reject, progress });
+      const hung = `it hung: no answer to ${method} within ${Math.round(limitMs)} ms`;
+      const watchdog = setTimeout(() => this.kill(hung), limitMs);
+      this.#pending.set(id, { resolve, reject, progress, watchdog });
       post(this.#process, { kind: 'call', id, method, args });
     });
   }
 
-  /** Ends the process at once. */
-  kill(): void {
-    this.#process.kill('SIGKILL');
+  /** Ends the process at once; `why` becomes part of the reason that `exited` gives. */
+  kill(why: string): void {
+    this.#killed ??= why;
+    this.#end();
   }
 
   /** Lets the engine close, and ends the process if it does not. */
   async close(): Promise<void> {
     if (this.#hasExited) return;
-    const timer = setTimeout(() => this.kill(), CLOSE_MS);
+    const timer = setTimeout(() => this.kill('it did not close in time'), CLOSE_MS);
     post(this.#process, { kind: 'close' });
     await this.exited;
     clearTimeout(timer);
+  }
+
+  #end(): void {
+    this.#process.kill('SIGKILL');
+    setTimeout(() => this.#giveUp('it does not end although it was killed'), KILL_MS).unref();
   }
 
   #receive(message: FromEngine): void {
     if (message.kind === 'ready' || message.kind === 'failed') return;
     const pending = this.#pending.get(message.id);
     if (message.kind === 'progress') {
+      pending?.watchdog.refresh();
       pending?.progress?.(message.stage, message.done, message.total);
       return;
     }
+    clearTimeout(pending?.watchdog);
     this.#pending.delete(message.id);
     if (message.kind === 'result') pending?.resolve(message.value);
     else pending?.reject(fromFault(message.fault));

@@ -8,6 +8,7 @@ import { Arena } from '../gpu/arena.ts';
 import { Device } from '../gpu/device.ts';
 import type { Timing } from '../gpu/plan.ts';
 import { Stopwatch } from '../gpu/stopwatch.ts';
+import { PatchWork } from '../lora/work.ts';
 import { SafetensorsFile } from '../safetensors.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { weightBytes } from '../unet/packed.ts';
@@ -15,6 +16,7 @@ import { Weights } from '../unet/weights.ts';
 import { feedsOf, outsOf, shapeOf } from './batch.ts';
 import { Budget, type MemoryUse } from './budget.ts';
 import { checkBatch, checkStep, imagesOf } from './check.ts';
+import { type Held, HeldModels } from './held.ts';
 import { inspectModel } from './inspect.ts';
 import { LoadedModel } from './model.ts';
 import type {
@@ -37,27 +39,20 @@ const POOL_SHARE = 0.25;
 /** A software adapter's memory is the machine's: leave it some. */
 const SOFTWARE_SHARE = 0.75;
 
-interface Held {
-  readonly info: ModelInfo;
-  readonly model: LoadedModel;
-  lastUse: number;
-  /** Forwards and adapter loads that wait or run. */
-  uses: number;
-}
-
 export class Engine implements EngineApi {
   readonly device: DeviceInfo;
   readonly #device: Device;
   readonly #arena: Arena;
   readonly #scratch: Arena;
+  readonly #work: PatchWork;
   readonly #stopwatch: Stopwatch | undefined;
   readonly #options: EngineOptions;
   readonly #budget: Budget;
-  readonly #models = new Map<string, Held>();
+  readonly #models = new HeldModels();
+  readonly #turnover = { modelLoads: 0, modelEvictions: 0, adapterLoads: 0, adapterEvictions: 0 };
   #forwards = 0;
   #images = 0;
   #gpuMs = 0;
-  #clock = 0;
   /** The forward in progress; the next one starts behind it. */
   #turn: Promise<unknown> = Promise.resolve();
   /** The load in progress; models are loaded one after another. */
@@ -70,14 +65,14 @@ export class Engine implements EngineApi {
     this.device = { name, backend, features };
     this.#arena = new Arena(device, 'arena');
     this.#scratch = new Arena(device, 'lora scratch');
+    this.#work = new PatchWork(device);
     this.#stopwatch = Stopwatch.of(device);
     const most = device.capabilities.software ? totalmem() * SOFTWARE_SHARE : Number.MAX_SAFE_INTEGER;
     this.#budget = new Budget({
       limitBytes: options.memoryBudgetBytes ?? Math.floor(most),
       use: () => this.#memory(),
-      idleBytes: () =>
-        this.#idle().reduce((sum, { info, model }) => sum + info.sizeBytes + model.adapterBytes, 0),
-      evict: () => this.#evictOne(),
+      idleBytes: () => this.#models.idleBytes,
+      evict: () => this.#evict(),
     });
   }
 
@@ -98,8 +93,8 @@ export class Engine implements EngineApi {
   }
 
   async unloadModel(model: string): Promise<void> {
-    const { model: loaded } = this.#held(model);
-    this.#models.delete(model);
+    const { model: loaded } = this.#models.get(model);
+    this.#models.remove(model);
     // A forward that runs keeps its buffers until it is done.
     await this.#turn.catch(() => {});
     loaded.close();
@@ -115,8 +110,13 @@ export class Engine implements EngineApi {
       layers: facts.layerCount,
       matched: facts.matched.length,
       unmatched: facts.unmatched,
+      textEncoder: facts.textEncoder,
       sizeBytes: facts.sizeBytes,
     };
+  }
+
+  readyAdapters(model: string, loras: readonly string[]): Promise<void> {
+    return this.#using(model, (held) => held.model.adapters.ready(loras));
   }
 
   forward(batch: Batch): Promise<BatchResult> {
@@ -134,7 +134,7 @@ export class Engine implements EngineApi {
   }
 
   async stats(): Promise<EngineStats> {
-    const models = [...this.#models.values()].map(({ info: { config: _, ...info }, model }) => ({
+    const models = this.#models.all().map(({ info: { config: _, ...info }, model }) => ({
       ...info,
       adapters: model.adapters.resident(),
     }));
@@ -142,8 +142,9 @@ export class Engine implements EngineApi {
     const { limitBytes: budgetBytes, peakBytes } = this.#budget;
     return {
       device: this.device,
-      memory: { budgetBytes, ...this.#memory(), peakBytes },
+      memory: { budgetBytes, adapterBudgetBytes: this.#poolBytes, ...this.#memory(), peakBytes },
       models,
+      turnover: { ...this.#turnover },
       forwards: this.#forwards,
       images: this.#images,
       gpuMs: this.#gpuMs,
@@ -152,10 +153,10 @@ export class Engine implements EngineApi {
 
   async close(): Promise<void> {
     await this.#turn.catch(() => {});
-    for (const { model } of this.#models.values()) model.close();
-    this.#models.clear();
+    this.#models.close();
     this.#arena.close();
     this.#scratch.close();
+    this.#work.close();
     this.#stopwatch?.close();
     this.#device.close();
   }
@@ -163,7 +164,7 @@ export class Engine implements EngineApi {
   /** Reads back every weight buffer of a model, for proving that nothing writes to them. */
   async readWeights(model: string): Promise<readonly Uint8Array[]> {
     const all: Uint8Array[] = [];
-    for (const buffer of this.#held(model).model.weights.buffers())
+    for (const buffer of this.#models.get(model).model.weights.buffers())
       all.push(await this.#device.read(buffer, 0, buffer.size));
     return all;
   }
@@ -171,7 +172,7 @@ export class Engine implements EngineApi {
   async #load(source: FileSource, dtype: 'auto' | StorageDtype, progress: Progress): Promise<ModelInfo> {
     const { name, version } = source;
     const storage = this.#storageOf(dtype);
-    const held = this.#models.get(name);
+    const held = this.#models.find(name);
     if (held && held.info.version === version && (dtype === 'auto' || held.info.dtype === storage))
       return held.info;
     const file = await SafetensorsFile.open(source.path);
@@ -189,7 +190,8 @@ export class Engine implements EngineApi {
         );
         const info = { model: name, version, dtype: storage, config, sizeBytes: weights.sizeBytes };
         const model = this.#modelOf(config, storage, weights);
-        this.#models.set(name, { info, model, lastUse: ++this.#clock, uses: 0 });
+        this.#models.add(info, model);
+        this.#turnover.modelLoads += 1;
         return info;
       } finally {
         release();
@@ -204,17 +206,23 @@ export class Engine implements EngineApi {
       device: this.#device,
       arena: this.#arena,
       scratch: this.#scratch,
+      work: this.#work,
       budget: this.#budget,
       stopwatch: this.#stopwatch,
+      turnover: this.#turnover,
     };
+    return new LoadedModel(shared, config, storage, weights, this.#poolBytes);
+  }
+
+  /** Most bytes of the adapters of one model. */
+  get #poolBytes(): number {
     const share = Math.min(MAX_POOL_BYTES, this.#budget.limitBytes * POOL_SHARE);
-    const poolBytes = Math.floor(this.#options.adapterBudgetBytes ?? share);
-    return new LoadedModel(shared, config, storage, weights, poolBytes);
+    return Math.floor(this.#options.adapterBudgetBytes ?? share);
   }
 
   /** Keeps the model from being let go while `work` waits or runs. ERR_MODEL_NOT_LOADED. */
   async #using<T>(model: string, work: (held: Held) => Promise<T>): Promise<T> {
-    const held = this.#held(model);
+    const held = this.#models.get(model);
     held.uses += 1;
     try {
       return await work(held);
@@ -248,8 +256,8 @@ export class Engine implements EngineApi {
   }
 
   #prepare({ model: name, requests: given }: Batch) {
-    const held = this.#held(name);
-    held.lastUse = ++this.#clock;
+    const held = this.#models.get(name);
+    this.#models.touch(held);
     const { config } = held.info;
     const requests = given.map((request) => checkStep(config, request, name));
     checkBatch(requests);
@@ -257,15 +265,6 @@ export class Engine implements EngineApi {
       Array.from({ length: imagesOf(request) }, () => request.loras),
     );
     return { model: held.model, requests, config, loras };
-  }
-
-  #held(model: string): Held {
-    const held = this.#models.get(model);
-    if (!held)
-      throw new UnetdError('ERR_MODEL_NOT_LOADED', `Model "${model}" is not loaded; load it first`, {
-        model,
-      });
-    return held;
   }
 
   #storageOf(dtype: 'auto' | StorageDtype): StorageDtype {
@@ -282,26 +281,19 @@ export class Engine implements EngineApi {
     return wanted;
   }
 
-  /** Models without requests, least recently used first. */
-  #idle(): readonly Held[] {
-    const idle = [...this.#models.values()].filter(({ uses }) => uses === 0);
-    return idle.sort((a, b) => a.lastUse - b.lastUse);
-  }
-
-  #evictOne(): boolean {
-    const [oldest] = this.#idle();
-    if (!oldest) return false;
-    this.#models.delete(oldest.info.model);
-    oldest.model.close();
-    return true;
+  #evict(): boolean {
+    if (this.#models.evictPatched()) return true;
+    const isGone = this.#models.evictModel();
+    if (isGone) this.#turnover.modelEvictions += 1;
+    return isGone;
   }
 
   #memory(): MemoryUse {
-    const models = [...this.#models.values()];
+    const { weightBytes, adapterBytes } = this.#models;
     return {
-      weightBytes: models.reduce((sum, { info }) => sum + info.sizeBytes, 0),
-      adapterBytes: models.reduce((sum, { model }) => sum + model.adapterBytes, 0),
-      arenaBytes: this.#arena.sizeBytes + this.#scratch.sizeBytes,
+      weightBytes,
+      adapterBytes,
+      arenaBytes: this.#arena.sizeBytes + this.#scratch.sizeBytes + this.#work.sizeBytes,
     };
   }
 }

@@ -3,7 +3,13 @@ import type { WireFault } from './fault.ts';
 import type { DeviceInfo, EngineApi, EngineOptions } from './types.ts';
 
 /** The methods of the engine that can be called from outside its process. */
-export type EngineMethod = 'loadModel' | 'unloadModel' | 'loadAdapter' | 'forward' | 'stats';
+export type EngineMethod =
+  | 'loadModel'
+  | 'unloadModel'
+  | 'loadAdapter'
+  | 'readyAdapters'
+  | 'forward'
+  | 'stats';
 
 /** Arguments as they are sent: progress callbacks stay behind, `progress` messages stand in for them. */
 export type CallArguments = readonly unknown[];

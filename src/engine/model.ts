@@ -6,12 +6,14 @@ import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { type Device, Usage } from '../gpu/device.ts';
 import { ceilDiv, type Resident, type Storage } from '../gpu/kernel.ts';
-import { Plan, type Timing } from '../gpu/plan.ts';
+import { Plan, type Run, type Timing } from '../gpu/plan.ts';
 import { elapsedMs, STOPWATCH_BYTES, type Stopwatch } from '../gpu/stopwatch.ts';
 import type { LoraOperands } from '../kernels/gemm.ts';
+import { PatchedWeights, type Patching } from '../lora/patched.ts';
 import { AdapterPool } from '../lora/pool.ts';
-import { AdapterRegistry, type Lease } from '../lora/registry.ts';
+import { AdapterRegistry, type AdapterTurnover, type Lease } from '../lora/registry.ts';
 import { type LoraTable, loraTable, type StackEntry } from '../lora/table.ts';
+import type { PatchWork } from '../lora/work.ts';
 import type { Layer, UNetConfig } from '../unet/config.ts';
 import { layersOf } from '../unet/layers.ts';
 import { planUNet, type UNetPlan, type UNetShape } from '../unet/plan.ts';
@@ -31,9 +33,12 @@ export interface Shared {
   readonly arena: Arena;
   /** T of the low-rank terms: alive from a down projection to the layer behind it. */
   readonly scratch: Arena;
+  /** What weights are patched in. */
+  readonly work: PatchWork;
   readonly budget: Budget;
   /** Undefined where the adapter has no timestamps. */
   readonly stopwatch: Stopwatch | undefined;
+  readonly turnover: AdapterTurnover;
 }
 
 interface ReadyPlan {
@@ -41,6 +46,12 @@ interface ReadyPlan {
   readonly plan: Plan;
   /** The result, and the stopwatch behind it. */
   readonly staging: GPUBuffer;
+}
+
+/** How the stacks of a batch are applied: by low-rank terms, and by weights that are patched. */
+interface Applied {
+  readonly table: LoraTable | undefined;
+  readonly patching: Patching | undefined;
 }
 
 export interface ForwardResult {
@@ -65,10 +76,14 @@ export class LoadedModel {
   readonly #shared: Shared;
   readonly #layers: readonly Layer[];
   readonly #pool: AdapterPool;
+  readonly #patched: PatchedWeights;
   readonly #table: Arena;
   readonly #plans = new Map<string, ReadyPlan>();
 
-  /** `poolBytes` bounds the adapters; the pool is cut into so many pages that the largest binding does not. */
+  /**
+   * `poolBytes` bounds the adapters, and what is kept of patched weights as well; the pool is cut into so many pages that the
+   * largest binding does not.
+   */
   constructor(shared: Shared, config: UNetConfig, storage: Storage, weights: Weights, poolBytes: number) {
     this.config = config;
     this.storage = storage;
@@ -77,19 +92,32 @@ export class LoadedModel {
     this.#layers = layersOf(config);
     const least = ceilDiv(poolBytes, shared.device.capabilities.maxBindingBytes);
     const pages = Math.max(1, Math.min(this.#layers.length, least * PAGES_PER_BINDING));
-    const { budget } = shared;
+    const { budget, turnover } = shared;
     this.#pool = new AdapterPool(shared.device, storage, this.#layers, {
       pages,
       limitBytes: poolBytes,
       spareBytes: () => budget.spareBytes,
     });
-    this.adapters = new AdapterRegistry(config, this.#pool, poolBytes, (bytes) => budget.makeRoom(bytes));
+    const makeRoom = (bytes: number): boolean => budget.makeRoom(bytes);
+    this.adapters = new AdapterRegistry(config, this.#pool, poolBytes, makeRoom, turnover);
     this.#table = new Arena(shared.device, 'lora table');
+    this.#patched = new PatchedWeights(shared.device, storage, config, weights, shared.work, {
+      limitBytes: poolBytes,
+      spareBytes: () => budget.spareBytes,
+      ensure: (arena, sizeBytes) =>
+        this.#ensure(arena, sizeBytes, 'The weights that LoRAs of this batch patch'),
+      blocks: (slot) => this.#pool.operand(slot),
+    });
   }
 
-  /** GPU bytes of all pages for adapters, used or not. */
+  /** GPU bytes of all pages for adapters, used or not, and of the weights that they patch. */
   get adapterBytes(): number {
-    return this.#pool.sizeBytes;
+    return this.#pool.sizeBytes + this.#patched.sizeBytes;
+  }
+
+  /** Copies of weights that can go, and be made again when they are needed. */
+  get patched(): Pick<PatchedWeights, 'idleBytes' | 'evictOne'> {
+    return this.#patched;
   }
 
   /**
@@ -104,23 +132,28 @@ export class LoadedModel {
     const ready = await this.#ready(shape);
     const lease = await this.adapters.use(loras.flat().map(({ lora }) => lora));
     try {
-      const table = await this.#prepare(ready, feeds, stacksOf(loras, lease));
-      return await this.#run(ready, table, lease.release);
+      const applied = await this.#prepare(ready, feeds, stacksOf(loras, lease));
+      return await this.#run(ready, applied, lease.release);
     } finally {
       lease.release();
     }
   }
 
-  async #run(ready: ReadyPlan, table: LoraTable | undefined, submitted: () => void): Promise<ForwardResult> {
+  async #run(ready: ReadyPlan, applied: Applied, submitted: () => void): Promise<ForwardResult> {
     const { device, arena, stopwatch } = this.#shared;
     const { plan, unet, staging } = ready;
     const { sizeBytes } = unet.out;
     const started = performance.now();
-    const encoder = device.gpu.createCommandEncoder();
-    plan.encode(encoder, (slot) => table?.blocks.get(slot) ?? 0, stopwatch?.writes);
-    encoder.copyBufferToBuffer(arena.buffer, plan.offsetOf(unet.out), staging, 0, sizeBytes);
-    stopwatch?.stop(encoder, staging, sizeBytes);
-    device.gpu.queue.submit([encoder.finish()]);
+    try {
+      const encoder = device.gpu.createCommandEncoder();
+      plan.encode(encoder, runOf(applied), stopwatch?.writes);
+      encoder.copyBufferToBuffer(arena.buffer, plan.offsetOf(unet.out), staging, 0, sizeBytes);
+      stopwatch?.stop(encoder, staging, sizeBytes);
+      device.gpu.queue.submit([encoder.finish()]);
+      applied.patching?.close(true);
+    } finally {
+      applied.patching?.close(false);
+    }
     submitted();
     const bytes = await device.readMapped(staging, sizeBytes + STOPWATCH_BYTES);
     const gpuMs = stopwatch ? elapsedMs(bytes.subarray(sizeBytes)) : performance.now() - started;
@@ -136,8 +169,12 @@ export class LoadedModel {
     const ready = await this.#ready(shape);
     const lease = await this.adapters.use(loras.flat().map(({ lora }) => lora));
     try {
-      const table = await this.#prepare(ready, feeds, stacksOf(loras, lease));
-      return await ready.plan.profile((slot) => table?.blocks.get(slot) ?? 0);
+      const applied = await this.#prepare(ready, feeds, stacksOf(loras, lease));
+      try {
+        return await ready.plan.profile(runOf(applied));
+      } finally {
+        applied.patching?.close(true);
+      }
     } finally {
       lease.release();
     }
@@ -148,6 +185,7 @@ export class LoadedModel {
     this.#plans.clear();
     this.adapters.close();
     this.#pool.close();
+    this.#patched.close();
     this.#table.close();
     this.weights.close();
   }
@@ -200,14 +238,15 @@ export class LoadedModel {
     return { unet, plan, staging };
   }
 
-  /** Uploads feeds and the LoRA table; undefined where no image has low-rank terms. */
+  /** Uploads feeds and the LoRA table, and finds what the images bind in the place of patched weights. */
   async #prepare(
     { unet, plan }: ReadyPlan,
     feeds: ReadonlyMap<string, Uint8Array>,
     stacks: readonly (readonly StackEntry[])[],
-  ): Promise<LoraTable | undefined> {
+  ): Promise<Applied> {
     const { device, scratch } = this.#shared;
-    const table = loraTable(stacks, this.#layers.length, unet.slotRows);
+    const reading = this.#patched.read(stacks);
+    const table = loraTable(reading?.stacks ?? stacks, this.#layers.length, unet.inputs);
     if (table) {
       const { maxBindingBytes } = device.capabilities;
       if (table.scratchBytes > maxBindingBytes)
@@ -233,7 +272,7 @@ export class LoadedModel {
       if (!bytes) throw new Error(`the feed ${name} is missing`);
       plan.write(tensor, bytes);
     }
-    return table;
+    return { table, patching: reading && (await this.#patched.open(reading)) };
   }
 }
 
@@ -242,6 +281,11 @@ function stacksOf(loras: readonly (readonly LoraUse[])[], lease: Lease): readonl
   let at = 0;
   return loras.map((stack) => stack.map(({ strength }) => ({ adapter: lease.adapters[at++]!, strength })));
 }
+
+const runOf = ({ table, patching }: Applied): Run => ({
+  blocks: (slot) => table?.blocks.get(slot) ?? 0,
+  substitutes: patching?.substitutes,
+});
 
 function closePlan({ plan, staging }: ReadyPlan): void {
   plan.close();

@@ -5,6 +5,7 @@
 import { UnetdError } from '../errors.ts';
 import { Child, type ChildOptions } from './child-process.ts';
 import type { CallArguments, EngineMethod } from './messages.ts';
+import { Patience } from './patience.ts';
 import type {
   AdapterInfo,
   Batch,
@@ -22,8 +23,10 @@ import type {
 export interface EngineProcessOptions extends ChildOptions {
   /** Takes one line for each thing that happens to the process. */
   readonly log?: (line: string) => void;
-  /** First pause before a restart; doubles up to 30 s while restarts fail. */
+  /** First pause before a restart; doubles up to 30 s while processes end before they did any work. */
   readonly backoffMs?: number;
+  /** How long a call may take at most before the process counts as hung; by default what suits the adapter. */
+  readonly hangMs?: number;
 }
 
 interface Call {
@@ -40,13 +43,16 @@ interface LoadedModel {
   readonly source: FileSource;
   readonly dtype: 'auto' | StorageDtype;
   readonly adapters: Map<string, FileSource>;
+  /** Processes that ended while they loaded it again. */
+  ends: number;
 }
 
 const BACKOFF_MS = 250;
 const MAX_BACKOFF_MS = 30_000;
-/** A process that lived this long counts as healthy: the next pause is the first one again. */
+/** A process that lived this long counts as healthy, as does one that ran a forward: the next pause is the first one again. */
 const HEALTHY_MS = 60_000;
-const MAX_ATTEMPTS = 2;
+/** Processes that may end over one call, or over loading one model again. */
+const MAX_ENDS = 2;
 
 export class EngineProcess implements EngineApi, EngineHealth {
   readonly #options: EngineProcessOptions;
@@ -56,6 +62,9 @@ export class EngineProcess implements EngineApi, EngineHealth {
   #failures = 0;
   #closed = false;
   #retry: NodeJS.Timeout | null = null;
+  readonly #patience: Patience;
+  /** Why no process could be started the last time, and when that is tried again. */
+  #outage: { readonly reason: string; readonly until: number } | null = null;
   #lastStats: EngineStats | null = null;
   /** Calls that wait for a process that answers. */
   readonly #waiting: Call[] = [];
@@ -64,6 +73,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
 
   private constructor(options: EngineProcessOptions, child: Child) {
     this.#options = options;
+    this.#patience = new Patience(options.hangMs);
     this.#child = child;
     this.#device = child.device;
     void child.exited.then((reason) => this.#onExit(child, reason));
@@ -93,7 +103,9 @@ export class EngineProcess implements EngineApi, EngineHealth {
 
   async loadModel(source: FileSource, dtype: 'auto' | StorageDtype, progress?: Progress): Promise<ModelInfo> {
     const info = (await this.#call('loadModel', [source, dtype], progress)) as ModelInfo;
-    this.#models.set(source.name, { source, dtype, adapters: new Map() });
+    const held = this.#models.get(source.name);
+    const isSame = held?.source.version === source.version && (dtype === 'auto' || dtype === held.dtype);
+    if (!isSame) this.#models.set(source.name, { source, dtype, adapters: new Map(), ends: 0 });
     return info;
   }
 
@@ -112,6 +124,10 @@ export class EngineProcess implements EngineApi, EngineHealth {
     const info = (await this.#call('loadAdapter', [source, model])) as AdapterInfo;
     this.#models.get(model)?.adapters.set(source.name, source);
     return info;
+  }
+
+  async readyAdapters(model: string, loras: readonly string[]): Promise<void> {
+    await this.#call('readyAdapters', [model, loras]);
   }
 
   async forward(batch: Batch): Promise<BatchResult> {
@@ -137,6 +153,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
 
   #call(method: EngineMethod, args: CallArguments, progress?: Progress): Promise<unknown> {
     if (this.#closed) return Promise.reject(new UnetdError('ERR_ENGINE_DOWN', 'The engine was closed.'));
+    if (this.#outage !== null) return Promise.reject(out(this.#outage));
     return new Promise((resolve, reject) => {
       const call: Call = { method, args, progress, resolve, reject, attempts: 0 };
       if (this.#child === null) this.#waiting.push(call);
@@ -147,14 +164,21 @@ export class EngineProcess implements EngineApi, EngineHealth {
   async #send(child: Child, call: Call): Promise<void> {
     call.attempts += 1;
     this.#inFlight.add(call);
+    const batch = batchOf(call);
+    const started = performance.now();
     try {
-      const value = await child.call(call.method, call.args, call.progress);
+      const limitMs = this.#patience.limitMs(child.device, batch);
+      const value = await child.call(call.method, call.args, call.progress, limitMs);
       this.#inFlight.delete(call);
+      if (batch !== null) {
+        this.#patience.note(batch, performance.now() - started);
+        this.#failures = 0;
+      }
       call.resolve(value);
     } catch (cause) {
       const error = UnetdError.from(cause);
       // Still in flight: `#onExit` decides what becomes of it. A lost device never comes back in the same process.
-      if (error.code === 'ERR_DEVICE_LOST') child.kill();
+      if (error.code === 'ERR_DEVICE_LOST') child.kill(error.message);
       if (error.code === 'ERR_DEVICE_LOST' || child.hasExited) return;
       this.#inFlight.delete(call);
       call.reject(error);
@@ -164,64 +188,90 @@ export class EngineProcess implements EngineApi, EngineHealth {
   #onExit(child: Child, reason: string): void {
     if (this.#closed || this.#child !== child) return;
     this.#child = null;
-    this.#options.log?.(`engine process ended (${reason}), starting it again`);
+    if (child.ageMs > HEALTHY_MS) this.#failures = 0;
+    const pauseMs = this.#scheduleRestart();
+    this.#options.log?.(`engine process ended (${reason}), starting it again in ${pauseMs} ms`);
     for (const call of this.#inFlight) {
-      if (call.attempts < MAX_ATTEMPTS) this.#waiting.push(call);
-      else call.reject(down(`The engine process ended twice while it ran this request (${reason}).`));
+      // Whoever made a batch of several can find out which of them it was; a second batch would end as this one did.
+      const isBatch = (batchOf(call)?.requests.length ?? 0) > 1;
+      if (isBatch) call.reject(down(`The engine process ended while it ran a batch (${reason}).`));
+      else if (call.attempts < MAX_ENDS) this.#waiting.push(call);
+      else {
+        const what = `The engine process ended ${MAX_ENDS} times while it ran this request (${reason})`;
+        call.reject(down(`${what}; it is not run again.`));
+      }
     }
     this.#inFlight.clear();
-    if (child.ageMs > HEALTHY_MS) this.#failures = 0;
-    this.#scheduleRestart();
   }
 
-  #scheduleRestart(): void {
-    const pause = Math.min(MAX_BACKOFF_MS, (this.#options.backoffMs ?? BACKOFF_MS) * 2 ** this.#failures);
+  /** The pause until then, in milliseconds. */
+  #scheduleRestart(): number {
+    const pauseMs = Math.min(MAX_BACKOFF_MS, (this.#options.backoffMs ?? BACKOFF_MS) * 2 ** this.#failures);
     this.#failures += 1;
     this.#retry = setTimeout(() => {
       this.#retry = null;
       void this.#restart();
-    }, pause);
+    }, pauseMs);
+    return pauseMs;
   }
 
   async #restart(): Promise<void> {
+    const started = performance.now();
     let child: Child;
     try {
       child = await Child.start(this.#options);
     } catch (error) {
-      const { message } = UnetdError.from(error);
-      this.#options.log?.(`engine process could not be started: ${message}`);
-      this.#rejectAll(down(`The engine process ended and could not be started again: ${message}`));
-      if (!this.#closed) this.#scheduleRestart();
-      return;
+      return this.#failToStart(UnetdError.from(error).message);
     }
-    this.#restarts += 1;
-    await this.#reload(child);
+    if (!this.#closed) await this.#reload(child);
     if (this.#closed) return void child.close();
-    if (child.hasExited) {
-      this.#rejectAll(down('The engine process ended again while it loaded its models.'));
-      return this.#scheduleRestart();
-    }
+    if (child.hasExited) return this.#failToStart('it ended again while it loaded its models');
+    this.#outage = null;
+    this.#restarts += 1;
     this.#child = child;
     this.#device = child.device;
     void child.exited.then((reason) => this.#onExit(child, reason));
+    const ms = Math.round(performance.now() - started);
+    this.#options.log?.(`engine process runs again: ${this.#models.size} models loaded again, in ${ms} ms`);
     for (const call of this.#waiting.splice(0)) void this.#send(child, call);
+  }
+
+  /** Nobody waits through an outage: what waits now, and what comes until the next attempt, is told when that is. */
+  #failToStart(reason: string): void {
+    if (this.#closed) return;
+    const pauseMs = this.#scheduleRestart();
+    this.#options.log?.(`engine process could not be started: ${reason}; trying again in ${pauseMs} ms`);
+    this.#outage = { reason, until: performance.now() + pauseMs };
+    this.#rejectAll(out(this.#outage));
   }
 
   /** What cannot be loaded any more is forgotten: the next forward that needs it meets ERR_MODEL_NOT_LOADED. */
   async #reload(child: Child): Promise<void> {
-    for (const [name, { source, dtype, adapters }] of [...this.#models]) {
+    const limitMs = this.#patience.limitMs(child.device, null);
+    const load = async (method: EngineMethod, args: CallArguments): Promise<string | null> => {
       try {
-        await child.call('loadModel', [source, dtype], undefined);
-      } catch (error) {
-        if (child.hasExited) return;
-        this.#models.delete(name);
-        this.#options.log?.(`model ${name} could not be loaded again: ${UnetdError.from(error).message}`);
-        continue;
+        await child.call(method, args, undefined, limitMs);
+        return null;
+      } catch (cause) {
+        const { code, message } = UnetdError.from(cause);
+        if (code === 'ERR_DEVICE_LOST') child.kill(message);
+        if (code === 'ERR_DEVICE_LOST') await child.exited;
+        return message;
       }
-      for (const [lora, adapter] of [...adapters]) {
-        await child.call('loadAdapter', [adapter, name], undefined).catch(() => {
-          if (!child.hasExited) adapters.delete(lora);
-        });
+    };
+    for (const [name, held] of [...this.#models]) {
+      const failure = await load('loadModel', [held.source, held.dtype]);
+      held.ends = child.hasExited ? held.ends + 1 : 0;
+      if (failure !== null && (held.ends === 0 || held.ends >= MAX_ENDS)) {
+        this.#models.delete(name);
+        this.#options.log?.(`model ${name} could not be loaded again: ${failure}`);
+      }
+      if (child.hasExited) return;
+      if (failure !== null) continue;
+      for (const [lora, adapter] of [...held.adapters]) {
+        // One that ends the process is not tried again either, until a request asks for it.
+        if ((await load('loadAdapter', [adapter, name])) !== null) held.adapters.delete(lora);
+        if (child.hasExited) return;
       }
     }
   }
@@ -232,6 +282,19 @@ export class EngineProcess implements EngineApi, EngineHealth {
   }
 }
 
+function batchOf({ method, args }: Call): Batch | null {
+  return method === 'forward' ? (args[0] as Batch) : null;
+}
+
 function down(message: string): UnetdError {
   return new UnetdError('ERR_ENGINE_DOWN', message);
+}
+
+function out({ reason, until }: { readonly reason: string; readonly until: number }): UnetdError {
+  const retryAfterMs = Math.max(0, Math.round(until - performance.now()));
+  return new UnetdError(
+    'ERR_ENGINE_DOWN',
+    `The engine process ended and could not be started again: ${reason}; the next attempt is in ${retryAfterMs} ms.`,
+    { retryAfterMs },
+  );
 }

@@ -38,6 +38,8 @@ export interface AdapterInfo {
   readonly layers: number;
   readonly matched: number;
   readonly unmatched: readonly string[];
+  /** Those of the unmatched keys that belong to a text encoder, which is the caller's. */
+  readonly textEncoder?: readonly string[];
   readonly sizeBytes: number;
 }
 
@@ -89,6 +91,8 @@ export interface EngineStats {
   readonly device: DeviceInfo;
   readonly memory: {
     readonly budgetBytes: number;
+    /** Most that the adapters of one model may take. */
+    readonly adapterBudgetBytes: number;
     readonly weightBytes: number;
     readonly adapterBytes: number;
     readonly arenaBytes: number;
@@ -97,6 +101,13 @@ export interface EngineStats {
   readonly models: readonly (Omit<ModelInfo, 'config'> & {
     readonly adapters: readonly { readonly lora: string; readonly sizeBytes: number }[];
   })[];
+  /** What was put on the GPU, and what had to make room, since the engine started. */
+  readonly turnover: {
+    readonly modelLoads: number;
+    readonly modelEvictions: number;
+    readonly adapterLoads: number;
+    readonly adapterEvictions: number;
+  };
   readonly forwards: number;
   readonly images: number;
   readonly gpuMs: number;
@@ -135,6 +146,11 @@ export interface EngineApi {
   unloadModel(model: string): Promise<void>;
   /** Parses a LoRA file for a loaded model and puts it on the GPU; one loaded in the same version returns at once. ERR_LORA_*, ERR_SAFETENSORS, ERR_MODEL_NOT_LOADED, ERR_OUT_OF_MEMORY. */
   loadAdapter(source: FileSource, model: string): Promise<AdapterInfo>;
+  /**
+   * Puts loaded adapters that had to make room back on the GPU, so that the forward of a request that waits need not read
+   * them while others wait for it. ERR_UNKNOWN_LORA, and as `loadAdapter`.
+   */
+  readyAdapters(model: string, loras: readonly string[]): Promise<void>;
   /** Runs one batch. All adapters must be loaded. ERR_MODEL_NOT_LOADED, ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_TOO_LARGE, ERR_GPU, ERR_DEVICE_LOST, and as `checkStep`. */
   forward(batch: Batch): Promise<BatchResult>;
   stats(): Promise<EngineStats>;

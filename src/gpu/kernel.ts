@@ -77,6 +77,8 @@ export interface Resident {
   readonly offset: number;
   /** Bytes, or 0 for the whole buffer. */
   readonly sizeBytes: number;
+  /** The tensor of the model that this is, from its byte `offset` on: what a run may put something else in the place of. */
+  readonly tensor?: { readonly name: string; readonly offset: number };
 }
 
 export type Operand = Virtual | Resident;
@@ -91,6 +93,11 @@ export interface Dispatch {
   readonly params: Readonly<Record<string, number>>;
   /** Workgroups along x, y, z. */
   readonly grid: readonly [number, number, number];
+  /**
+   * The axis of the grid that counts images, from the param `image0` on: such a dispatch may be run in parts. Left out, all
+   * images go together.
+   */
+  readonly imageAxis?: 1 | 2;
   readonly label: string;
   /** Multiply-adds counted as two. */
   readonly flops: number;

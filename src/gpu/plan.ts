@@ -1,49 +1,55 @@
 /**
  * A plan: a fixed list of dispatches over one arena, compiled once and replayed with one encoder and one submit. Some
- * steps have two forms, with and without low-rank terms; which form runs is decided at each run. Knows no layers.
+ * steps have two forms, with and without low-rank terms; which form runs is decided at each run, and so is what some
+ * images bind in the place of a tensor of the model. Knows no layers.
  */
-import { UnetdError } from '../errors.ts';
-import { type Arena, place } from './arena.ts';
+import type { Arena } from './arena.ts';
 import { type Device, Usage } from './device.ts';
-import { alignTo, type Dispatch, type Storage, type Virtual } from './kernel.ts';
+import { alignTo, type Dispatch, type Virtual } from './kernel.ts';
 import { recipeOf } from './link.ts';
+import { PARAMS_BYTES, writeParams } from './params.ts';
 import type { Compiled } from './pipeline.ts';
+import { checkLimits, dispatchesOf, layOut, type PlanSpec } from './spec.ts';
+import { type Part, partsOf, type Substitutes } from './substitutes.ts';
 
-export type Step =
-  | { readonly kind: 'always'; readonly dispatch: Dispatch }
-  /** `base` runs when no image has low-rank terms for the slot, else `down` then `main`. */
-  | {
-      readonly kind: 'slot';
-      readonly slot: number;
-      readonly base: readonly Dispatch[];
-      readonly down: Dispatch;
-      readonly main: readonly Dispatch[];
-    };
-
-export interface PlanSpec {
-  readonly label: string;
-  readonly storage: Storage;
-  readonly steps: readonly Step[];
-  /** Written before a run; alive from the first step on. */
-  readonly feeds: readonly Virtual[];
-  /** Read after a run; alive until the last step. */
-  readonly results: readonly Virtual[];
-}
+export type { PlanSpec, Step } from './spec.ts';
 
 /** Blocks of the longest stack per slot; 0 where no image has low-rank terms. */
 export type SlotBlocks = (slot: number) => number;
 
+/** What a run decides: the blocks of each slot, and what images bind in the place of tensors of the model. */
+export interface Run {
+  readonly blocks?: SlotBlocks | undefined;
+  readonly substitutes?: Substitutes | undefined;
+}
+
 interface Ready {
   readonly dispatch: Dispatch;
   readonly compiled: Compiled;
-  readonly paramsOffset: number;
+  readonly index: number;
   bindGroup: GPUBindGroup | undefined;
+  /** Of its parts, by first image and substitutes. */
+  readonly parts: Map<string, GPUBindGroup>;
 }
 
+/** One dispatch of a run: as the plan has it, or a part of it. */
+interface Turn {
+  readonly ready: Ready;
+  readonly grid: readonly [number, number, number];
+  readonly part?: Part;
+}
+
+/** Bind groups kept per dispatch for its parts. */
+const MAX_PARTS = 64;
+
 interface ReadyStep {
+  readonly down?: Ready;
+  readonly slots: readonly ReadySlot[];
+}
+
+interface ReadySlot {
   readonly slot: number;
   readonly base: readonly Ready[];
-  readonly down?: Ready;
   readonly main: readonly Ready[];
 }
 
@@ -53,33 +59,6 @@ export interface Timing {
   readonly kernel: string;
   readonly ms: number;
   readonly flops: number;
-}
-
-function dispatchesOf(step: Step): readonly Dispatch[] {
-  return step.kind === 'always' ? [step.dispatch] : [...step.base, step.down, ...step.main];
-}
-
-/** Offsets of all virtual tensors, from the first step that names them to the last. */
-function layOut(
-  spec: PlanSpec,
-  alignment: number,
-): { offsets: ReadonlyMap<number, number>; totalBytes: number; lowerBoundBytes: number } {
-  const lives = new Map<number, { sizeBytes: number; first: number; last: number }>();
-  const touch = (tensor: Virtual, at: number): void => {
-    const life = lives.get(tensor.id);
-    if (!life) lives.set(tensor.id, { sizeBytes: tensor.sizeBytes, first: at, last: at });
-    else life.last = Math.max(life.last, at);
-  };
-  for (const feed of spec.feeds) touch(feed, 0);
-  spec.steps.forEach((step, at) => {
-    for (const dispatch of dispatchesOf(step))
-      for (const operand of Object.values(dispatch.operands))
-        if (operand.kind === 'virtual') touch(operand, at);
-  });
-  for (const result of spec.results) touch(result, spec.steps.length);
-  const placement = place([...lives.values()], alignment);
-  const offsets = new Map([...lives.keys()].map((id, i) => [id, placement.offsets[i] ?? 0]));
-  return { offsets, totalBytes: placement.totalBytes, lowerBoundBytes: placement.lowerBoundBytes };
 }
 
 export class Plan {
@@ -92,6 +71,10 @@ export class Plan {
   readonly #offsets: ReadonlyMap<number, number>;
   readonly #steps: readonly ReadyStep[];
   readonly #params: GPUBuffer;
+  /** Most images of a dispatch that can be run in parts. */
+  readonly #images: number;
+  /** Params of the dispatches that can be run in parts, by first image: made when the first part runs. */
+  #partParams: GPUBuffer | undefined;
   #generation = -1;
 
   private constructor(
@@ -110,19 +93,20 @@ export class Plan {
     this.lowerBoundBytes = placed.lowerBoundBytes;
     this.#steps = steps;
     this.#params = params;
+    this.#images = Math.max(1, ...this.#all().map(imagesOf));
   }
 
   /** Compiles every pipeline and writes all params. ERR_GPU, ERR_TOO_LARGE when a tensor exceeds the adapter's binding size. */
   static async compile(device: Device, arena: Arena, spec: PlanSpec): Promise<Plan> {
     const placed = layOut(spec, device.capabilities.offsetAlignment);
-    const stride = alignTo(64, device.capabilities.offsetAlignment);
+    const stride = strideOf(device);
     const all = spec.steps.flatMap(dispatchesOf);
     for (const dispatch of all) checkLimits(device, spec, dispatch);
     const compiled = await Promise.all(all.map((d) => device.pipelines.get(recipeOf(d), spec.storage)));
     const bytes = new DataView(new ArrayBuffer(Math.max(1, all.length) * stride));
     const ready = all.map((dispatch, i): Ready => {
-      writeParams(bytes, i * stride, stride, dispatch);
-      return { dispatch, compiled: compiled[i]!, paramsOffset: i * stride, bindGroup: undefined };
+      writeParams(bytes, i * stride, dispatch);
+      return { dispatch, compiled: compiled[i]!, index: i, bindGroup: undefined, parts: new Map() };
     });
     const params = device.createBuffer(
       `${spec.label} params`,
@@ -130,20 +114,20 @@ export class Plan {
       Usage.UNIFORM | Usage.COPY_DST,
     );
     device.gpu.queue.writeBuffer(params, 0, bytes.buffer);
-    let at = 0;
+    const rest = [...ready];
+    const take = ({ length }: readonly Dispatch[]): readonly Ready[] => rest.splice(0, length);
     const steps = spec.steps.map((step): ReadyStep => {
-      const mine = ready.slice(at, at + dispatchesOf(step).length);
-      at += mine.length;
-      if (step.kind === 'always') return { slot: -1, base: mine, main: [] };
-      const n = step.base.length;
-      return { slot: step.slot, base: mine.slice(0, n), down: mine[n]!, main: mine.slice(n + 1) };
+      if (step.kind === 'always') return { slots: [{ slot: -1, base: take([step.dispatch]), main: [] }] };
+      const [down] = take([step.down]);
+      const slots = step.slots.map(({ slot, base, main }) => ({ slot, base: take(base), main: take(main) }));
+      return { down: down!, slots };
     });
     return new Plan(device, arena, spec, placed, steps, params);
   }
 
   /** Dispatches of a run without low-rank terms. */
   get dispatchCount(): number {
-    return this.#steps.reduce((n, step) => n + step.base.length, 0);
+    return this.#steps.flatMap(({ slots }) => slots).reduce((n, { base }) => n + base.length, 0);
   }
 
   /** Puts bytes into a feed; call before `run`, after the arena has room. */
@@ -158,23 +142,19 @@ export class Plan {
   }
 
   /** Encodes the whole plan as one compute pass. */
-  encode(
-    encoder: GPUCommandEncoder,
-    blocks: SlotBlocks = () => 0,
-    timestampWrites?: GPUComputePassTimestampWrites,
-  ): void {
+  encode(encoder: GPUCommandEncoder, run: Run = {}, timestampWrites?: GPUComputePassTimestampWrites): void {
     const pass = encoder.beginComputePass({
       label: this.label,
       ...(timestampWrites ? { timestampWrites } : {}),
     });
-    for (const { ready, grid } of this.#walk(blocks)) this.#dispatch(pass, ready, grid);
+    for (const turn of this.#walk(run)) this.#dispatch(pass, turn);
     pass.end();
   }
 
   /** Runs the plan with a pass and two timestamps per dispatch; slower than `encode`. Needs timestamp-query. */
-  async profile(blocks: SlotBlocks = () => 0): Promise<readonly Timing[]> {
+  async profile(run: Run = {}): Promise<readonly Timing[]> {
     const { gpu } = this.#device;
-    const walk = [...this.#walk(blocks)];
+    const walk = [...this.#walk(run)];
     const perSet = 2048;
     const timings: Timing[] = [];
     for (let start = 0; start < walk.length; start += perSet) {
@@ -186,14 +166,14 @@ export class Plan {
         Usage.QUERY_RESOLVE | Usage.COPY_SRC,
       );
       const encoder = gpu.createCommandEncoder();
-      part.forEach(({ ready, grid }, i) => {
+      part.forEach((turn, i) => {
         const timestampWrites = {
           querySet,
           beginningOfPassWriteIndex: 2 * i,
           endOfPassWriteIndex: 2 * i + 1,
         };
         const pass = encoder.beginComputePass({ timestampWrites });
-        this.#dispatch(pass, ready, grid);
+        this.#dispatch(pass, turn);
         pass.end();
       });
       encoder.resolveQuerySet(querySet, 0, part.length * 2, resolved, 0);
@@ -212,90 +192,97 @@ export class Plan {
 
   close(): void {
     this.#params.destroy();
+    this.#partParams?.destroy();
   }
 
-  *#walk(blocks: SlotBlocks): Generator<{ ready: Ready; grid: readonly [number, number, number] }> {
+  #all(): readonly Ready[] {
+    return this.#steps.flatMap(({ down, slots }) => [
+      ...(down ? [down] : []),
+      ...slots.flatMap(({ base, main }) => [...base, ...main]),
+    ]);
+  }
+
+  *#walk({ blocks, substitutes }: Run): Generator<Turn> {
     if (this.#generation !== this.#device.generation) {
-      for (const { base, down, main } of this.#steps)
-        for (const ready of [...base, ...main, ...(down ? [down] : [])]) ready.bindGroup = undefined;
+      for (const ready of this.#all()) {
+        ready.bindGroup = undefined;
+        ready.parts.clear();
+      }
       this.#generation = this.#device.generation;
     }
-    for (const { slot, base, down, main } of this.#steps) {
-      const count = down ? blocks(slot) : 0;
-      if (count > 0 && down)
-        yield { ready: down, grid: [count, down.dispatch.grid[1], down.dispatch.grid[2]] };
-      for (const ready of count > 0 ? main : base) yield { ready, grid: ready.dispatch.grid };
+    for (const { down, slots } of this.#steps) {
+      const counts = slots.map(({ slot }) => (down ? (blocks?.(slot) ?? 0) : 0));
+      // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
+      const most = counts.reduce((sum, count) => sum + count, 0);
+      if (down && most > 0) yield { ready: down, grid: [most, down.dispatch.grid[1], down.dispatch.grid[2]] };
+      for (const [i, { base, main }] of slots.entries())
+        for (const ready of counts[i]! > 0 ? main : base) yield* turnsOf(ready, substitutes);
     }
   }
 
-  #dispatch(pass: GPUComputePassEncoder, ready: Ready, grid: readonly [number, number, number]): void {
-    ready.bindGroup ??= this.#bind(ready);
+  #dispatch(pass: GPUComputePassEncoder, { ready, grid, part }: Turn): void {
+    for (const substitute of part?.substitutes.values() ?? []) substitute.ready(pass);
     pass.setPipeline(ready.compiled.pipeline);
-    pass.setBindGroup(0, ready.bindGroup);
+    pass.setBindGroup(0, part ? this.#bindPart(ready, part) : this.#bindWhole(ready));
     pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
   }
 
-  #bind({ dispatch, compiled, paramsOffset }: Ready): GPUBindGroup {
-    const entries: GPUBindGroupEntry[] = [
-      { binding: 0, resource: { buffer: this.#params, offset: paramsOffset, size: 64 } },
-    ];
-    compiled.bound.forEach((name, i) => {
+  #bindWhole(ready: Ready): GPUBindGroup {
+    ready.bindGroup ??= this.#bind(ready, this.#params, ready.index * strideOf(this.#device));
+    return ready.bindGroup;
+  }
+
+  #bindPart(ready: Ready, part: Part): GPUBindGroup {
+    const key = [part.image0, ...[...part.substitutes].map(([name, { id }]) => `${name}=${id}`)].join(' ');
+    let bindGroup = ready.parts.get(key);
+    if (!bindGroup) {
+      if (ready.parts.size >= MAX_PARTS) ready.parts.clear();
+      this.#partParams ??= this.#device.createBuffer(
+        `${this.label} params of parts`,
+        this.#params.size * this.#images,
+        Usage.UNIFORM | Usage.COPY_DST,
+      );
+      const offset = (ready.index * this.#images + part.image0) * strideOf(this.#device);
+      const bytes = new DataView(new ArrayBuffer(PARAMS_BYTES));
+      writeParams(bytes, 0, ready.dispatch, { image0: part.image0 });
+      this.#device.gpu.queue.writeBuffer(this.#partParams, offset, bytes.buffer);
+      bindGroup = this.#bind(ready, this.#partParams, offset, part);
+      ready.parts.set(key, bindGroup);
+    }
+    return bindGroup;
+  }
+
+  #bind({ dispatch, compiled }: Ready, params: GPUBuffer, offset: number, part?: Part): GPUBindGroup {
+    const entries = compiled.bound.map((name, i): GPUBindGroupEntry => {
       const operand = dispatch.operands[name]!;
-      const resource: GPUBufferBinding =
-        operand.kind === 'virtual'
-          ? {
-              buffer: this.#arena.buffer,
-              offset: this.offsetOf(operand),
-              size: alignTo(operand.sizeBytes, 4),
-            }
-          : {
-              buffer: operand.current(),
-              offset: operand.offset,
-              ...(operand.sizeBytes ? { size: operand.sizeBytes } : {}),
-            };
-      entries.push({ binding: i + 1, resource });
+      if (operand.kind === 'virtual') {
+        const place = { offset: this.offsetOf(operand), size: alignTo(operand.sizeBytes, 4) };
+        return { binding: i + 1, resource: { buffer: this.#arena.buffer, ...place } };
+      }
+      const size = operand.sizeBytes ? { size: operand.sizeBytes } : {};
+      const substitute = part?.substitutes.get(name);
+      const resource = substitute
+        ? { buffer: substitute.current(), offset: operand.tensor!.offset, ...size }
+        : { buffer: operand.current(), offset: operand.offset, ...size };
+      return { binding: i + 1, resource };
     });
+    entries.unshift({ binding: 0, resource: { buffer: params, offset, size: PARAMS_BYTES } });
     return this.#device.gpu.createBindGroup({ label: dispatch.label, layout: compiled.layout, entries });
   }
 }
 
-function checkLimits(device: Device, spec: PlanSpec, dispatch: Dispatch): void {
-  const limit = device.capabilities.maxBindingBytes;
-  for (const [name, operand] of Object.entries(dispatch.operands))
-    if (operand.sizeBytes > limit)
-      throw new UnetdError(
-        'ERR_TOO_LARGE',
-        `${spec.label}: "${name}" of ${dispatch.label} needs ${operand.sizeBytes} bytes, the adapter binds at most ${limit}; use a smaller batch or latent`,
-        { needed: operand.sizeBytes, limit },
-      );
-  const names = new Map<number, string>();
-  for (const [name, operand] of Object.entries(dispatch.operands)) {
-    if (operand.kind !== 'virtual') continue;
-    const other = names.get(operand.id);
-    // WebGPU refuses writable bindings that alias, and all of the arena is bound writable.
-    if (other)
-      throw new Error(`${dispatch.label}: "${other}" and "${name}" are the same tensor ${operand.label}`);
-    names.set(operand.id, name);
-  }
-  const most = device.gpu.limits.maxComputeWorkgroupsPerDimension;
-  if (dispatch.grid.some((n) => n > most))
-    throw new UnetdError(
-      'ERR_TOO_LARGE',
-      `${spec.label}: ${dispatch.label} needs a grid of ${dispatch.grid}, the adapter allows ${most} a side; use a smaller batch or latent`,
-    );
-}
+const strideOf = ({ capabilities }: Device): number => alignTo(PARAMS_BYTES, capabilities.offsetAlignment);
 
-function writeParams(view: DataView, offset: number, room: number, dispatch: Dispatch): void {
-  const fields = Object.entries(dispatch.kernel.params);
-  if (fields.length * 4 > room)
-    throw new Error(`kernel ${dispatch.kernel.name} has more params than fit ${room} bytes`);
-  fields.forEach(([name, type], i) => {
-    const value = dispatch.params[name];
-    if (value === undefined)
-      throw new Error(`${dispatch.label}: param ${name} of ${dispatch.kernel.name} is missing`);
-    const at = offset + 4 * i;
-    if (type === 'f32') view.setFloat32(at, value, true);
-    else if (type === 'i32') view.setInt32(at, value, true);
-    else view.setUint32(at, value, true);
-  });
+/** Images that a dispatch counts along its grid. */
+const imagesOf = ({ dispatch: { grid, imageAxis } }: Ready): number => (imageAxis ? grid[imageAxis] : 1);
+
+function* turnsOf(ready: Ready, substitutes: Substitutes | undefined): Generator<Turn> {
+  const { dispatch } = ready;
+  const { grid, imageAxis } = dispatch;
+  const parts = substitutes && partsOf(dispatch, substitutes);
+  if (!parts) yield { ready, grid };
+  for (const part of parts ?? []) {
+    const [x, y, z] = grid;
+    yield { ready, part, grid: imageAxis === 1 ? [x, part.images, z] : [x, y, part.images] };
+  }
 }

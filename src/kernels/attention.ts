@@ -18,7 +18,7 @@ export const attention: Kernel = defineKernel({
     out: { type: 'array<Quad>', access: 'read_write' },
   },
   params: { queries: 'u32', keys: 'u32', rowQuads: 'u32', scale: 'f32' },
-  constants: { HEAD_DIM: 0, HEAD_QUADS: 0, QUERIES: 8, WORKGROUP: 64 },
+  constants: { HEAD_DIM: 0, HEAD_QUADS: 0, TILE_KEYS: 0 },
   variants: {
     broadcast: { files: ['attention/broadcast.wgsl'], subgroupSize: 8 },
     direct: { files: ['attention/direct.wgsl'] },
@@ -40,23 +40,25 @@ export interface AttentionArgs {
   readonly out: Operand;
 }
 
+/** Queries of a workgroup, by variant. */
+const QUERIES: Readonly<Record<string, number>> = { broadcast: 32, direct: 64, scalar: 64 };
+
 /**
- * Queries a subgroup of the `broadcast` variant keeps in registers, one a lane. Half as many took lavapipe 1.3 to 1.5
- * times as long at every head width.
+ * Keys of a tile of the `broadcast` variant: as many as keep it within 40 quads. 0 where no tile of whole loads exists:
+ * widths whose quads are odd and many.
  */
-const BROADCAST_QUERIES = 8;
+function tileKeys(headDim: number): number {
+  const quads = headDim / 4;
+  return [8, 4, 2, 1].find((keys) => keys * quads <= 40 && (keys * quads) % 8 === 0) ?? 0;
+}
 
 export function attentionOf(args: AttentionArgs, capabilities: Capabilities, variant?: string): Dispatch {
   const { images, heads, headDim, queries, keys, q, k, v, out } = args;
-  const chosen = variant ?? pick(attention, capabilities, { headDim });
-  const scalarHeads = headDim % 2 === 1 ? 4 : headDim % 4 === 2 ? 2 : 1;
-  const grids: Readonly<Record<string, readonly [number, number, number]>> = {
-    broadcast: [ceilDiv(queries, 8 * BROADCAST_QUERIES), heads, images],
-    direct: [ceilDiv(queries, 64), heads, images],
-    scalar: [ceilDiv(queries, 64), ceilDiv(heads, scalarHeads), images],
-  };
+  const chosen = variant ?? pick(attention, capabilities, { headDim, tileKeys: tileKeys(headDim) });
+  // Odd widths: the fewest heads that fill whole quads.
+  const headsEach = chosen !== 'scalar' || headDim % 4 === 0 ? 1 : headDim % 2 === 0 ? 2 : 4;
   const constants: Readonly<Record<string, Record<string, number>>> = {
-    broadcast: { HEAD_QUADS: headDim / 4, QUERIES: BROADCAST_QUERIES },
+    broadcast: { HEAD_QUADS: headDim / 4, TILE_KEYS: tileKeys(headDim) },
     direct: { HEAD_QUADS: headDim / 4 },
     scalar: { HEAD_DIM: headDim },
   };
@@ -67,7 +69,7 @@ export function attentionOf(args: AttentionArgs, capabilities: Capabilities, var
     constants: constants[chosen]!,
     operands: { q, k, v, out },
     params: { queries, keys, rowQuads: (heads * headDim) / 4, scale: 1 / Math.sqrt(headDim) },
-    grid: grids[chosen]!,
+    grid: [ceilDiv(queries, QUERIES[chosen]!), ceilDiv(heads, headsEach), images],
     label: args.label,
     flops: 4 * images * queries * keys * heads * headDim,
   };

@@ -58,7 +58,7 @@ export function gegluOf(args: {
     kernel: geglu,
     operands: { x, out },
     params: { rows, quads: inner / 4 },
-    grid: [ceilDiv(inner / 4, 16), ceilDiv(rows, 4), 1],
+    grid: [ceilDiv(inner / 4, 16), ceilDiv(rows, 16), 1],
     label,
     flops: 12 * rows * inner,
   };

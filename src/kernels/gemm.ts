@@ -27,6 +27,7 @@ const PARAMS = {
   panel0: 'u32',
   split: 'u32',
   slotRow: 'u32',
+  image0: 'u32',
   srcWidth: 'u32',
   srcHeight: 'u32',
   inWidth: 'u32',
@@ -77,8 +78,13 @@ export const loraDown: Kernel = defineKernel({
   options: { a: A_FILES },
   constants: { ROWS: 1 },
   variants: {
-    rows: { files: ['gemm/lora_down.wgsl'], constants: { ROWS: 4 } },
-    row: { files: ['gemm/lora_down.wgsl'] },
+    broadcast: {
+      files: ['gemm/lora_down_rows.wgsl', 'gemm/lora_down_broadcast.wgsl'],
+      constants: { WORKGROUP: 16, ROWS: 4 },
+      subgroupSize: 8,
+    },
+    rows: { files: ['gemm/lora_down_rows.wgsl', 'gemm/lora_down.wgsl'], constants: { ROWS: 4 } },
+    row: { files: ['gemm/lora_down_rows.wgsl', 'gemm/lora_down.wgsl'] },
   },
 });
 
@@ -140,6 +146,7 @@ function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
     panel0: args.panel0 ?? 0,
     split: rows.kind === 'concat' ? rows.splitChannels / 4 : 0,
     slotRow: slot * args.images,
+    image0: 0,
     srcWidth: conv?.srcWidth ?? 0,
     srcHeight: conv?.srcHeight ?? 0,
     inWidth: conv?.inWidth ?? 0,
@@ -187,26 +194,31 @@ export function gemmOf(
       chosen === 'tile'
         ? [ceilDiv(panels, 2), ceilDiv(args.m, 64), args.images]
         : [panels, ceilDiv(args.m, 64), args.images],
+    imageAxis: 2,
     label: args.label,
     flops: 2 * args.images * args.m * Math.min(panels * PANEL, args.n) * tapsOf(args.rows) * args.channels,
   };
 }
 
-/** T of the layer's low-rank terms. grid.x is the number of blocks of the longest stack, known at each run. */
+/**
+ * T of the low-rank terms of all layers that read what this one reads first. grid.x is the number of blocks of the longest
+ * list, known at each run.
+ */
 export function loraDownOf(
   args: GemmArgs,
   capabilities: Capabilities,
   lora: LoraOperands,
   variant?: string,
 ): Dispatch {
+  const chosen = variant ?? pick(loraDown, capabilities);
   return {
     kernel: loraDown,
-    variant: variant ?? pick(loraDown, capabilities),
+    variant: chosen,
     choices: { a: args.rows.kind },
     constants: {},
     operands: { ...sources(args), down: lora.pool, table: lora.table, t: lora.t },
     params: paramsOf(args, lora.slot),
-    grid: [1, ceilDiv(args.m, 64), args.images],
+    grid: [1, ceilDiv(args.m, chosen === 'broadcast' ? 16 : 64), args.images],
     label: `${args.label} lora down`,
     flops: 2 * args.images * args.m * RANK_BLOCK * tapsOf(args.rows) * args.channels,
   };

@@ -5,6 +5,7 @@ import { copy, fromNchw, geglu, toNchw } from './elementwise.ts';
 import { gemm, loraDown } from './gemm.ts';
 import { groupApply, groupFold, groupMoments, layerNorm } from './norm.ts';
 import { pack } from './pack.ts';
+import { combine, norms, product, rotate, unpack } from './patch.ts';
 
 export const KERNELS: readonly Kernel[] = [
   gemm,
@@ -19,4 +20,9 @@ export const KERNELS: readonly Kernel[] = [
   fromNchw,
   toNchw,
   pack,
+  unpack,
+  combine,
+  product,
+  rotate,
+  norms,
 ];

@@ -36,6 +36,7 @@ export const groupFold: Kernel = defineKernel({
     groupChannels: 'u32',
     chunks: 'u32',
     chunkTokens: 'u32',
+    image0: 'u32',
     eps: 'f32',
   },
   variants: { plain: { files: ['norm/fold.wgsl'] } },
@@ -48,7 +49,7 @@ export const groupApply: Kernel = defineKernel({
     affine: { type: 'array<vec4f>', access: 'read_write' },
     out: { type: 'array<Quad>', access: 'read_write' },
   },
-  params: { tokens: 'u32', quads: 'u32', split: 'u32' },
+  params: { tokens: 'u32', quads: 'u32', split: 'u32', rows: 'u32' },
   constants: { SILU: false },
   variants: { plain: { files: ['norm/apply.wgsl'] } },
 });
@@ -61,10 +62,9 @@ export const layerNorm: Kernel = defineKernel({
     beta: { type: 'array<vec4f>', access: 'read' },
     out: { type: 'array<Quad>', access: 'read_write' },
   },
-  params: { rows: 'u32', quads: 'u32', eps: 'f32' },
-  constants: { LANES: 16 },
+  params: { rows: 'u32', quads: 'u32', image0: 'u32', eps: 'f32' },
   variants: {
-    row: { files: ['norm/layer_norm.wgsl'], constants: { LANES: 1 } },
+    lanes: { files: ['norm/layer_norm_lanes.wgsl'], subgroupSize: 8 },
     shared: { files: ['norm/layer_norm.wgsl'] },
   },
 });
@@ -73,6 +73,11 @@ export const layerNorm: Kernel = defineKernel({
 export const GROUPS = 32;
 /** Tokens whose moments one invocation sums. */
 const CHUNK_TOKENS = 64;
+/** From so many quads on there are invocations enough for each to own 16 of them in `apply`; else 4. */
+const MANY_QUADS = 2 ** 16;
+
+/** Rows of a layer norm that one workgroup of either variant owns. */
+const ROWS_OF_GROUP = 4;
 
 /** Bytes of the intermediate tensors of a group norm. */
 export function groupNormScratch(
@@ -110,6 +115,7 @@ export function groupNormOf(args: GroupNormArgs): readonly Dispatch[] {
   const chunks = ceilDiv(tokens, CHUNK_TOKENS);
   const quads = channels / 4;
   const split = args.x2 ? (args.splitChannels ?? 0) / 4 : quads;
+  const rows = images * tokens * quads < MANY_QUADS ? 4 : 16;
   const x = { x: args.x, ...(args.x2 ? { x2: args.x2 } : {}) };
   const common = { variant: 'plain', choices: {}, label };
   return [
@@ -134,9 +140,11 @@ export function groupNormOf(args: GroupNormArgs): readonly Dispatch[] {
         groupChannels: channels / groups,
         chunks,
         chunkTokens: CHUNK_TOKENS,
+        image0: 0,
         eps: args.eps,
       },
       grid: [ceilDiv(groups, 32), images, 1],
+      imageAxis: 1,
       flops: 6 * images * chunks * channels,
     },
     {
@@ -144,8 +152,8 @@ export function groupNormOf(args: GroupNormArgs): readonly Dispatch[] {
       kernel: groupApply,
       constants: args.silu ? { SILU: true } : {},
       operands: { ...x, affine, out: args.out },
-      params: { tokens, quads, split },
-      grid: [ceilDiv(quads, 16), ceilDiv(tokens, 16), images],
+      params: { tokens, quads, split, rows },
+      grid: [ceilDiv(quads, 16), ceilDiv(tokens, 4 * rows), images],
       flops: 2 * images * tokens * channels,
     },
   ];
@@ -153,7 +161,8 @@ export function groupNormOf(args: GroupNormArgs): readonly Dispatch[] {
 
 export interface LayerNormArgs {
   readonly label: string;
-  /** Rows of all images together. */
+  readonly images: number;
+  /** Rows of one image. */
   readonly rows: number;
   /** A multiple of 4. */
   readonly channels: number;
@@ -166,7 +175,6 @@ export interface LayerNormArgs {
 
 export function layerNormOf(args: LayerNormArgs, capabilities: Capabilities, variant?: string): Dispatch {
   const chosen = variant ?? pick(layerNorm, capabilities);
-  const rowsPerGroup = chosen === 'row' ? 64 : 4;
   const { x, gamma, beta, out } = args;
   return {
     kernel: layerNorm,
@@ -174,9 +182,10 @@ export function layerNormOf(args: LayerNormArgs, capabilities: Capabilities, var
     choices: {},
     constants: {},
     operands: { x, gamma, beta, out },
-    params: { rows: args.rows, quads: args.channels / 4, eps: args.eps },
-    grid: [ceilDiv(args.rows, rowsPerGroup), 1, 1],
+    params: { rows: args.rows, quads: args.channels / 4, image0: 0, eps: args.eps },
+    grid: [ceilDiv(args.rows, ROWS_OF_GROUP), args.images, 1],
+    imageAxis: 1,
     label: args.label,
-    flops: 8 * args.rows * args.channels,
+    flops: 8 * args.images * args.rows * args.channels,
   };
 }

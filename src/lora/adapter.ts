@@ -1,17 +1,18 @@
 /**
- * A LoRA file as an Adapter: low-rank matrices by LDM layer id, in the layouts that the kernels take. Holds no strengths
- * (those come with each request) and no GPU memory; how files are read is parse.ts, the algebra algebra.ts.
+ * A LoRA file as an Adapter: its low-rank terms and its patches, by LDM names, in the layouts that the kernels take. Holds no
+ * strengths (those come with each request) and no GPU memory; how files are read is parse.ts, the algebra algebra.ts.
  */
 import { extname } from 'node:path';
 import { UnetdError } from '../errors.ts';
 import { digest, SafetensorsFile, type SafetensorsView } from '../safetensors.ts';
 import type { UNetConfig } from '../unet/config.ts';
-import { type AdapterLayer, ALGEBRA } from './algebra.ts';
+import { ALGEBRA } from './algebra.ts';
 import { architectureOf, trainedFor } from './architecture.ts';
+import { type AdapterLayer, type AdapterPatch, arrayBytes, type Changes } from './change.ts';
 import { isTextEncoderKey } from './keys.ts';
-import { type AdapterSource, type LayerKeys, readLayer, sortKeys } from './parse.ts';
+import { type AdapterSource, readFactors, sortKeys, type TensorKeys } from './parse.ts';
 
-export type { AdapterLayer } from './algebra.ts';
+export type { AdapterLayer, AdapterPatch } from './change.ts';
 
 export interface Adapter {
   /** Lower-case hex SHA-256 of the file's tensors, as docs/PROTOCOL.md defines it. */
@@ -20,12 +21,17 @@ export interface Adapter {
   readonly format: string;
   /** Largest rank of a layer. */
   readonly rank: number;
+  /** Low-rank terms of layers' own matmuls. */
   readonly layers: readonly AdapterLayer[];
-  /** Keys of the file that the layers were made of. */
+  /** Changes of weights, biases and norms that are no such terms. */
+  readonly patches: readonly AdapterPatch[];
+  /** Keys of the file that those were made of. */
   readonly matched: readonly string[];
   /** Keys that name nothing in this model: text encoders, layers of another architecture, unknown tensors. */
   readonly unmatched: readonly string[];
-  /** Bytes of all `down` and `up` as held here (f32). */
+  /** Those of the unmatched keys that belong to a text encoder, which is the caller's. */
+  readonly textEncoder: readonly string[];
+  /** Bytes of all arrays as held here. */
   readonly sizeBytes: number;
 }
 
@@ -72,16 +78,24 @@ export async function parseAdapter(
     family === null || family === open
       ? ''
       : `; this adapter was trained for ${family}, the open model is ${open}`;
-  const layers: AdapterLayer[] = [];
-  for (const group of groups.values()) layers.push(await bind(source, group, adapter, origin));
+  const all: Changes[] = [];
+  for (const group of groups.values()) all.push(await bind(source, group, adapter, origin));
+  const layers = all.flatMap((changes) => changes.layers);
+  const patches = all.flatMap((changes) => changes.patches);
   return {
     digest: await source.digest(),
     format: [...formats].join('+'),
-    rank: layers.reduce((most, { rank }) => Math.max(most, rank), 0),
+    rank: [...layers, ...patches].reduce((most, { rank }) => Math.max(most, rank), 0),
     layers,
+    patches,
     matched: [...groups.values()].flatMap(({ keys }) => [...keys.values()]),
     unmatched,
-    sizeBytes: layers.reduce((sum, { down, up }) => sum + down.byteLength + up.byteLength, 0),
+    textEncoder: unmatched.filter(isTextEncoderKey),
+    sizeBytes:
+      layers.reduce((sum, { down, up }) => sum + down.byteLength + up.byteLength, 0) +
+      patches
+        .flatMap(({ arrays }) => Object.values(arrays))
+        .reduce((sum, array) => sum + arrayBytes(array), 0),
   };
 }
 
@@ -117,10 +131,11 @@ function nothingMatches(
 
 async function bind(
   source: AdapterSource,
-  group: LayerKeys,
+  group: TensorKeys,
   adapter: string,
   origin: string,
-): Promise<AdapterLayer> {
-  const { alpha, parts } = await readLayer(source, group, adapter);
-  return ALGEBRA.get(group.kind)!({ layer: group.layer, adapter, alpha, parts, origin });
+): Promise<Changes> {
+  const { target, leaf, kind } = group;
+  const factors = await readFactors(source, group, adapter);
+  return ALGEBRA.get(kind)!({ ...factors, target, leaf, adapter, origin });
 }

@@ -6,7 +6,8 @@ import { ceilDiv } from '../gpu/kernel.ts';
 import { PANEL, RANK_BLOCK } from '../kernels/gemm.ts';
 import type { Layer } from '../unet/config.ts';
 import { storedChannels } from '../unet/draft.ts';
-import type { AdapterLayer } from './adapter.ts';
+import { firstReader } from '../unet/layers.ts';
+import type { LowRank } from './change.ts';
 
 /** Quads (four values) of the two parts of a block. */
 export interface BlockSize {
@@ -25,11 +26,26 @@ export const quadsOf = ({ down, up }: BlockSize): number => down + up;
 
 export const blockCount = (rank: number): number => ceilDiv(rank, RANK_BLOCK);
 
+/** The page of each layer: groups of about equal size, and layers that share a down projection in one. */
+export function pagesOf(layers: readonly Layer[], pages: number): readonly number[] {
+  const sizes = layers.map((layer) => quadsOf(blockSize(layer)));
+  const total = sizes.reduce((sum, size) => sum + size, 0);
+  const byReader = new Map<string, number>();
+  let before = 0;
+  return layers.map(({ id }, slot) => {
+    const own = Math.min(pages - 1, Math.floor((before / total) * pages));
+    before += sizes[slot]!;
+    const page = byReader.get(firstReader(id)) ?? own;
+    byReader.set(id, page);
+    return page;
+  });
+}
+
 /** Writes the blocks of a layer from element `start` on; ranks, channels and columns past the end stay 0. */
 export function writeBlocks(
   target: Float32Array,
   start: number,
-  { rank, down, up }: AdapterLayer,
+  { rank, down, up }: LowRank,
   { inFeatures, outFeatures, kernel }: Layer,
 ): void {
   const taps = kernel ** 2;

@@ -1,26 +1,37 @@
 /**
- * From the keys of a LoRA file to (layer of the UNet, part of an adapter): tables of the names that trainers write.
+ * From the keys of a LoRA file to (tensor of the UNet, part of an adapter): tables of the names that trainers write.
  * Nothing else sees file keys. Reads no tensors.
  */
-import type { Layer, UNetConfig } from '../unet/config.ts';
+import type { UNetConfig } from '../unet/config.ts';
 import { diffusersNames } from '../unet/diffusers.ts';
-import { partsOf } from '../unet/layers.ts';
+import { type Part, partsOf } from '../unet/layers.ts';
 
-/** A way of stating a change of a weight; algebra.ts says which are applied. `any` goes with each of them. */
+/** A way of stating a change of a tensor; algebra.ts says which are applied. `any` goes with several of them. */
 export type AdapterKind =
   | 'any'
   | 'LoRA'
-  | 'DoRA'
   | 'LoHa'
   | 'LoKr'
   | 'GLoRA'
   | 'OFT/BOFT'
-  | 'IA3'
   | 'full difference'
-  | 'replaced weight';
+  | 'replaced tensor'
+  // What ComfyUI does not apply either.
+  | 'DoRA of PEFT'
+  | 'OFT of another form'
+  | 'GLoRA with a core'
+  | 'IA3'
+  | 'sparse bias'
+  | 'bias of a down projection';
 
-/** Endings of keys, first match wins. The part is what algebra.ts calls the tensor. */
-const ENDINGS: readonly (readonly [RegExp, AdapterKind, string])[] = [
+/** The tensor of a module that a key changes. */
+export type Leaf = 'weight' | 'bias';
+
+/**
+ * Endings of keys, first match wins. The part is what algebra.ts calls the tensor; where none is stated, the first group of the
+ * expression.
+ */
+const ENDINGS: readonly (readonly [RegExp, AdapterKind, part?: string | undefined, leaf?: Leaf])[] = [
   // kohya, LyCORIS and LDM names; attention processors (`to_q_lora.down`); diffusers; PEFT (`lora_A` is down).
   [
     /(?:\.lora_down|_lora\.down|\.lora\.down|\.lora_linear_layer\.down|\.lora_A(?:\.default)?)\.weight$/,
@@ -35,19 +46,22 @@ const ENDINGS: readonly (readonly [RegExp, AdapterKind, string])[] = [
   [/\.lora_A$/, 'LoRA', 'down'],
   [/\.lora_B$/, 'LoRA', 'up'],
   [/\.lora_mid\.weight$/, 'LoRA', 'mid'],
-  [/\.alpha$/, 'any', 'alpha'],
-  [/\.(?:dora_scale|lora_magnitude_vector(?:\.default)?(?:\.weight)?)$/, 'DoRA', 'dora_scale'],
-  [/\.hada_(?:w1_a|w1_b|w2_a|w2_b|t1|t2)$/, 'LoHa', 'hada'],
-  [/\.lokr_(?:w1|w1_a|w1_b|w2|w2_a|w2_b|t2)$/, 'LoKr', 'lokr'],
-  [/\.(?:a1|a2|b1|b2|bm1|bm2)\.weight$/, 'GLoRA', 'glora'],
-  [/\.(?:oft_blocks|oft_diag|oft_R(?:\.default)?(?:\.weight)?|boft_[RS]|rescale)$/, 'OFT/BOFT', 'oft'],
-  [/\.(?:on_input|ia3_l(?:\.default)?)$/, 'IA3', 'ia3'],
-  [
-    /\.(?:diff|diff_b|w_norm|b_norm|lora_[AB]\.bias|bias_(?:indices|values|size))$/,
-    'full difference',
-    'diff',
-  ],
-  [/\.(?:set_weight|reshape_weight)$/, 'replaced weight', 'set'],
+  [/\.lora_B(?:\.default)?\.bias$/, 'LoRA', 'up_bias'],
+  [/\.(reshape_weight)$/, 'LoRA'],
+  [/\.(alpha|dora_scale)$/, 'any'],
+  [/\.(hada_(?:w1_a|w1_b|w2_a|w2_b|t1|t2))$/, 'LoHa'],
+  [/\.(lokr_(?:w1|w1_a|w1_b|w2|w2_a|w2_b|t2))$/, 'LoKr'],
+  [/\.(a1|a2|b1|b2)\.weight$/, 'GLoRA'],
+  [/\.(oft_blocks|rescale)$/, 'OFT/BOFT'],
+  [/\.(diff|w_norm)$/, 'full difference'],
+  [/\.(diff_b|b_norm)$/, 'full difference', undefined, 'bias'],
+  [/\.(set_weight)$/, 'replaced tensor'],
+  [/\.(lora_magnitude_vector)(?:\.default)?(?:\.weight)?$/, 'DoRA of PEFT'],
+  [/\.(oft_diag|oft_R|boft_[RS])(?:\.default)?(?:\.weight)?$/, 'OFT of another form'],
+  [/\.(bm1|bm2)\.weight$/, 'GLoRA with a core'],
+  [/\.(on_input|ia3_l)(?:\.default)?$/, 'IA3'],
+  [/\.(bias_(?:indices|values|size))$/, 'sparse bias'],
+  [/\.lora_A(?:\.default)?\.(bias)$/, 'bias of a down projection'],
 ];
 
 /** Beginnings of keys: what stands before a layer's name, and how that name is written. First match wins. */
@@ -58,20 +72,15 @@ const BEGINNINGS: readonly (readonly [RegExp, string, 'dots' | 'underscores'])[]
   [/^(?:base_model\.model\.)?(?:unet\.)?(?:base_model\.model\.)?/, 'diffusers', 'dots'],
 ];
 
-/** A leaf module of the UNet that keys can name. `layer` is null for norms, which only full differences address. */
-export interface Target {
-  readonly id: string;
-  readonly layer: Layer | null;
-}
-
-/** Layer names as files write them, with dots and with underscores, LDM and diffusers alike. */
+/** Names of the leaf modules as files write them, with dots and with underscores, LDM and diffusers alike. */
 export interface TargetNames {
-  readonly dots: ReadonlyMap<string, Target>;
-  readonly underscores: ReadonlyMap<string, Target>;
+  readonly dots: ReadonlyMap<string, Part>;
+  readonly underscores: ReadonlyMap<string, Part>;
 }
 
 export interface Key {
-  readonly target: Target;
+  readonly target: Part;
+  readonly leaf: Leaf;
   readonly kind: AdapterKind;
   readonly part: string;
   readonly format: string;
@@ -80,12 +89,10 @@ export interface Key {
 /** Every name under which files address the leaf modules of a UNet. */
 export function targetNames(config: UNetConfig): TargetNames {
   const spellings = [diffusersNames(config, 'add_embedding'), diffusersNames(config, 'class_embedding')];
-  const dots = new Map<string, Target>();
-  const underscores = new Map<string, Target>();
-  for (const { id, kind, inFeatures, outFeatures, kernel } of partsOf(config)) {
-    const isLayer = kind === 'linear' || kind === 'conv';
-    const target: Target = { id, layer: isLayer ? { id, kind, inFeatures, outFeatures, kernel } : null };
-    for (const name of new Set([id, ...spellings.map((names) => names.get(id) ?? id)])) {
+  const dots = new Map<string, Part>();
+  const underscores = new Map<string, Part>();
+  for (const target of partsOf(config)) {
+    for (const name of new Set([target.id, ...spellings.map((names) => names.get(target.id) ?? target.id)])) {
       underscores.set(name.replaceAll('.', '_'), target);
       for (const form of dottedForms(name)) dots.set(form, target);
     }
@@ -103,13 +110,20 @@ function dottedForms(name: string): readonly string[] {
   ];
 }
 
-/** The ending of a key: `stem` is what stands before it. Null where no adapter kind has such an ending. */
-export function splitKey(
-  key: string,
-): { readonly stem: string; readonly kind: AdapterKind; readonly part: string } | null {
-  for (const [ending, kind, part] of ENDINGS) {
-    const at = key.search(ending);
-    if (at >= 0) return { stem: key.slice(0, at), kind, part };
+/** A key cut at its ending. */
+export interface SplitKey {
+  /** What stands before the ending. */
+  readonly stem: string;
+  readonly kind: AdapterKind;
+  readonly part: string;
+  readonly leaf: Leaf;
+}
+
+/** Null where no adapter kind has such an ending. */
+export function splitKey(key: string): SplitKey | null {
+  for (const [ending, kind, part, leaf = 'weight'] of ENDINGS) {
+    const match = ending.exec(key);
+    if (match) return { stem: key.slice(0, match.index), kind, part: part ?? match[1]!, leaf };
   }
   return null;
 }
@@ -121,25 +135,26 @@ export function readKey(key: string, names: TargetNames): Key | null {
   for (const [beginning, format, style] of BEGINNINGS) {
     const match = beginning.exec(split.stem);
     if (match === null) continue;
-    const target = findTarget(names, style, split.stem.slice(match[0].length), split.kind);
-    if (target === undefined) return null;
+    const { kind, part, leaf } = split;
+    const found = findTarget(names[style], split.stem.slice(match[0].length), leaf, format === 'ldm');
+    if (found === undefined) return null;
     const isPeft = format === 'diffusers' && /\.lora_[AB](\.|$)/.test(key);
-    return { target, kind: split.kind, part: split.part, format: isPeft ? 'peft' : format };
+    return { ...found, kind, part, format: isPeft ? 'peft' : format };
   }
   return null;
 }
 
-/** A name may also be that of a bias, where a bias is replaced or gets a difference of its own (`out.2.bias.diff`). */
+/** An LDM name may also be that of a bias (`out.2.bias.diff`). A bias that the module does not have is nothing. */
 function findTarget(
-  names: TargetNames,
-  style: keyof TargetNames,
+  names: ReadonlyMap<string, Part>,
   name: string,
-  kind: AdapterKind,
-): Target | undefined {
-  const target = names[style].get(name);
-  if (target !== undefined || kind === 'LoRA' || kind === 'any' || !name.endsWith('.bias')) return target;
-  const owner = names[style].get(name.slice(0, -'.bias'.length));
-  return owner === undefined ? undefined : { id: `${owner.id}.bias`, layer: null };
+  leaf: Leaf,
+  isLdm: boolean,
+): { readonly target: Part; readonly leaf: Leaf } | undefined {
+  const ofBias = isLdm && leaf === 'weight' && name.endsWith('.bias');
+  const target = names.get(ofBias ? name.slice(0, -'.bias'.length) : name);
+  const owned = ofBias ? 'bias' : leaf;
+  return target === undefined || (owned === 'bias' && !target.bias) ? undefined : { target, leaf: owned };
 }
 
 /** Whether a key belongs to a text encoder, which this program does not run. */

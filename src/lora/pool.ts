@@ -1,28 +1,22 @@
 /**
  * Adapters of one model on the GPU. The model's layers are cut into groups, one buffer ("page") per group, and an
  * adapter's matrices for a layer go to the page of that layer's group: a dispatch binds one page whatever adapters the
- * rows of its batch use, however many there are. Owns the pages; which adapter may leave is its owner's decision.
+ * rows of its batch use, however many there are. What patches are made of lies there too, as small as the file has it. Owns
+ * the pages; which adapter may leave is its owner's decision.
  */
+import { setImmediate as nextTurn } from 'node:timers/promises';
 import { UnetdError } from '../errors.ts';
 import { type Device, Usage } from '../gpu/device.ts';
-import { type Resident, type Storage, storageBytes } from '../gpu/kernel.ts';
+import { alignTo, ceilDiv, type Resident, type Storage, storageBytes } from '../gpu/kernel.ts';
 import { fromF32 } from '../half.ts';
 import type { Layer } from '../unet/config.ts';
-import type { Adapter, AdapterLayer } from './adapter.ts';
-import { blockCount, blockSize, quadsOf, writeBlocks } from './blocks.ts';
+import type { Adapter } from './adapter.ts';
+import { blockCount, blockSize, pagesOf, quadsOf, writeBlocks } from './blocks.ts';
+import type { LowRank, PatchArray } from './change.ts';
+import type { PlacedAdapter, PlacedArray, PlacedLayer, PlacedPatch } from './placed.ts';
 import { Stretches } from './stretches.ts';
 
-/** Where the blocks of one layer of an adapter lie, in quads from the start of the page. */
-export interface PlacedLayer {
-  readonly scale: number;
-  readonly blocks: readonly { readonly down: number; readonly up: number }[];
-}
-
-/** An adapter on the GPU: slot -> its blocks. */
-export interface PlacedAdapter {
-  readonly layers: ReadonlyMap<number, PlacedLayer>;
-  readonly sizeBytes: number;
-}
+export type { PlacedAdapter, PlacedLayer } from './placed.ts';
 
 export interface PoolOptions {
   /** Groups of about equal size; each page may grow to the largest binding of the adapter. */
@@ -33,10 +27,14 @@ export interface PoolOptions {
   readonly spareBytes?: () => number;
 }
 
+/** What takes one stretch of a page. */
 interface Part {
-  readonly layer: AdapterLayer;
-  readonly slot: number;
+  readonly page: Page;
   readonly quads: number;
+  /** The bytes as they lie there; at most all of the stretch. */
+  readonly bytes: () => Uint8Array;
+  /** Told where it lies, in quads. */
+  readonly placed: (at: number) => void;
 }
 
 interface Region {
@@ -69,16 +67,11 @@ export class AdapterPool {
     this.#layers = layers;
     this.#options = options;
     this.#slots = new Map(layers.map((layer, slot) => [layer.id, slot]));
-    const { pages } = options;
-    const sizes = layers.map((layer) => quadsOf(blockSize(layer)));
-    const total = sizes.reduce((a, b) => a + b, 0);
-    let before = 0;
-    this.#pageOf = sizes.map((size) => {
-      const page = Math.min(pages - 1, Math.floor((before / total) * pages));
-      before += size;
-      return page;
-    });
-    this.#pages = Array.from({ length: pages }, () => ({ buffer: undefined, stretches: new Stretches() }));
+    this.#pageOf = pagesOf(layers, options.pages);
+    this.#pages = Array.from({ length: options.pages }, () => ({
+      buffer: undefined,
+      stretches: new Stretches(),
+    }));
   }
 
   /** GPU bytes of all pages, used or not. */
@@ -88,7 +81,7 @@ export class AdapterPool {
 
   /** GPU bytes the adapter would take. */
   bytesOf(adapter: Adapter): number {
-    return adapter.layers.reduce((sum, layer) => sum + this.#partOf(layer).quads, 0) * this.#quadBytes;
+    return this.#plan(adapter).parts.reduce((sum, { quads }) => sum + quads, 0) * this.#quadBytes;
   }
 
   /**
@@ -97,32 +90,39 @@ export class AdapterPool {
    */
   async add(adapter: Adapter): Promise<PlacedAdapter | undefined> {
     const byPage = new Map<Page, Part[]>();
-    for (const part of adapter.layers.map((layer) => this.#partOf(layer))) {
-      const page = this.#pages[this.#pageOf[part.slot]!]!;
-      const parts = byPage.get(page) ?? [];
+    const { parts: all, layers, patches } = this.#plan(adapter);
+    for (const part of all) {
+      const parts = byPage.get(part.page) ?? [];
       parts.push(part);
-      byPage.set(page, parts);
+      byPage.set(part.page, parts);
     }
     const regions: Region[] = [];
-    const layers = new Map<number, PlacedLayer>();
     for (const [page, parts] of byPage) {
-      let hasRoom = await this.#prepare(page, parts);
-      for (const part of parts) {
-        // Layer by layer, so that holes between other adapters are of use.
-        const offset = hasRoom ? await this.#take(page, part.quads) : undefined;
-        hasRoom = offset !== undefined;
-        if (offset === undefined) continue;
-        regions.push({ page, offset, quads: part.quads });
-        this.#write(page, part, offset);
-        layers.set(part.slot, this.#placed(part, offset));
-      }
-      if (hasRoom) continue;
+      if (await this.#place(page, parts, regions)) continue;
       for (const region of regions) region.page.stretches.give(region);
       return undefined;
     }
-    const placed = { layers, sizeBytes: regions.reduce((sum, r) => sum + r.quads, 0) * this.#quadBytes };
+    const sizeBytes = regions.reduce((sum, r) => sum + r.quads, 0) * this.#quadBytes;
+    const placed = { digest: adapter.digest, layers, patches, sizeBytes };
     this.#regions.set(placed, regions);
     return placed;
+  }
+
+  /** Uploads parts into a page, adding to `regions` what they take; false where not all of them have room. */
+  async #place(page: Page, parts: readonly Part[], regions: Region[]): Promise<boolean> {
+    if (!(await this.#prepare(page, parts))) return false;
+    for (const { quads, bytes, placed } of parts) {
+      // Layer by layer, so that holes between other adapters are of use.
+      const offset = await this.#take(page, quads);
+      if (offset === undefined) return false;
+      regions.push({ page, offset, quads });
+      this.#device.gpu.queue.writeBuffer(page.buffer!, offset * this.#quadBytes, bytes());
+      placed(offset);
+      // Packing a whole adapter takes this thread longer than a step of others may wait.
+      await nextTurn();
+      if (this.#closed) return false;
+    }
+    return true;
   }
 
   remove(placed: PlacedAdapter): void {
@@ -132,12 +132,7 @@ export class AdapterPool {
 
   /** The page that holds a layer's matrices, as an operand. */
   operand(slot: number): Resident {
-    const page = this.#pages[this.#pageOf[slot]!]!;
-    const current = (): GPUBuffer => {
-      if (!page.buffer) throw new Error(`no adapter has matrices for slot ${slot}`);
-      return page.buffer;
-    };
-    return { kind: 'resident', label: 'adapters', current, offset: 0, sizeBytes: 0 };
+    return operandOf(this.#pages[this.#pageOf[slot]!]!);
   }
 
   close(): void {
@@ -150,27 +145,70 @@ export class AdapterPool {
     return 4 * storageBytes(this.#storage);
   }
 
-  #partOf(layer: AdapterLayer): Part {
-    const slot = this.#slots.get(layer.layer);
-    if (slot === undefined)
-      throw new UnetdError('ERR_LORA_MISMATCH', `The model has no layer ${layer.layer}`);
-    return { layer, slot, quads: blockCount(layer.rank) * quadsOf(blockSize(this.#layers[slot]!)) };
-  }
-
-  #placed({ layer, slot }: Part, start: number): PlacedLayer {
-    const { down, up } = blockSize(this.#layers[slot]!);
-    const blocks = Array.from({ length: blockCount(layer.rank) }, (_, b) => {
-      const at = start + b * (down + up);
-      return { down: at, up: at + down };
+  /** The stretches that an adapter takes; `layers` and `patches` are filled as they are placed. */
+  #plan(adapter: Adapter): {
+    readonly parts: readonly Part[];
+    readonly layers: Map<number, PlacedLayer>;
+    readonly patches: Map<string, PlacedPatch>;
+  } {
+    const layers = new Map<number, PlacedLayer>();
+    const patches = new Map<string, PlacedPatch>();
+    const parts = adapter.layers.map((layer): Part => {
+      const slot = this.#slotOf(layer.layer);
+      const { down, up } = blockSize(this.#layers[slot]!);
+      return this.#blocks(layer, slot, (at) => {
+        const blocks = Array.from({ length: blockCount(layer.rank) }, (_, b) => {
+          const start = at + b * (down + up);
+          return { down: start, up: start + down };
+        });
+        layers.set(slot, { scale: layer.scale, blocks });
+      });
     });
-    return { scale: layer.scale, blocks };
+    for (const { tensor, arrays, rule, scale, sizes, axis } of adapter.patches) {
+      const places: Record<string, PlacedArray> = {};
+      patches.set(tensor, { tensor, rule, scale, sizes, axis, arrays: places });
+      for (const [name, array] of Object.entries(arrays))
+        parts.push(this.#array(tensor, array, name, places));
+    }
+    return { parts, layers, patches };
   }
 
-  #write(page: Page, { layer, slot, quads }: Part, offset: number): void {
-    const values = new Float32Array(quads * 4);
-    writeBlocks(values, 0, layer, this.#layers[slot]!);
-    const bytes = fromF32(this.#storage === 'f16' ? 'F16' : 'F32', values);
-    this.#device.gpu.queue.writeBuffer(page.buffer!, offset * this.#quadBytes, bytes);
+  #array(tensor: string, array: PatchArray, name: string, places: Record<string, PlacedArray>): Part {
+    const layer = tensor.replace(/\.(weight|bias)$/, '');
+    if (array.kind === 'blocks') {
+      const slot = this.#slotOf(layer);
+      return this.#blocks(array, slot, (at) => {
+        places[name] = { kind: 'blocks', operand: this.operand(slot), at, count: blockCount(array.rank) };
+      });
+    }
+    // Norms belong to no group.
+    const page = this.#pages[this.#pageOf[this.#slots.get(layer) ?? 0]!]!;
+    const { dtype, bytes } = array;
+    return {
+      page,
+      quads: ceilDiv(bytes.byteLength, this.#quadBytes),
+      bytes: () => wholeWords(bytes),
+      placed: (at) => {
+        places[name] = { kind: 'values', operand: operandOf(page), at: at * (this.#quadBytes / 4), dtype };
+      },
+    };
+  }
+
+  #blocks(factors: LowRank, slot: number, placed: Part['placed']): Part {
+    const layer = this.#layers[slot]!;
+    const quads = blockCount(factors.rank) * quadsOf(blockSize(layer));
+    const bytes = (): Uint8Array => {
+      const values = new Float32Array(quads * 4);
+      writeBlocks(values, 0, factors, layer);
+      return fromF32(this.#storage === 'f16' ? 'F16' : 'F32', values);
+    };
+    return { page: this.#pages[this.#pageOf[slot]!]!, quads, bytes, placed };
+  }
+
+  #slotOf(layer: string): number {
+    const slot = this.#slots.get(layer);
+    if (slot === undefined) throw new UnetdError('ERR_LORA_MISMATCH', `The model has no layer ${layer}`);
+    return slot;
   }
 
   /** Grows a page once for many parts; false where it cannot hold them. */
@@ -245,4 +283,20 @@ export class AdapterPool {
     this.#device.generation += 1;
     return true;
   }
+}
+
+function operandOf(page: Page): Resident {
+  const current = (): GPUBuffer => {
+    if (!page.buffer) throw new Error('no adapter lies in this page');
+    return page.buffer;
+  };
+  return { kind: 'resident', label: 'adapters', current, offset: 0, sizeBytes: 0 };
+}
+
+/** Uploads come in whole words. */
+function wholeWords(bytes: Uint8Array): Uint8Array {
+  if (bytes.byteLength % 4 === 0) return bytes;
+  const padded = new Uint8Array(alignTo(bytes.byteLength, 4));
+  padded.set(bytes);
+  return padded;
 }

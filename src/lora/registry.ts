@@ -2,6 +2,7 @@
  * The adapters of one model, by name: parsed from their files, kept on the GPU while the pool has room, let go least
  * recently used first, and read again when a forward needs one that had to go. Shared by all requests.
  */
+import { existsSync } from 'node:fs';
 import { UnetdError } from '../errors.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { type Adapter, openAdapter } from './adapter.ts';
@@ -15,15 +16,23 @@ export interface AdapterSource {
 }
 
 /** What is known of an adapter without its matrices. */
-export type AdapterFacts = Omit<Adapter, 'layers'> & { readonly layerCount: number };
+export type AdapterFacts = Omit<Adapter, 'layers' | 'patches'> & { readonly layerCount: number };
 
 interface Entry {
   readonly source: AdapterSource;
   readonly facts: AdapterFacts;
   placed: PlacedAdapter | undefined;
+  /** What it takes on the GPU. */
+  readonly poolBytes: number;
   lastUse: number;
   /** Leases that hold it on the GPU. */
   pins: number;
+}
+
+/** How many adapters were put on the GPU and how many had to make room for others; counted on by every registry it is given to. */
+export interface AdapterTurnover {
+  adapterLoads: number;
+  adapterEvictions: number;
 }
 
 /** Adapters held on the GPU until `release`, which a forward calls once its work is submitted. */
@@ -37,6 +46,7 @@ export class AdapterRegistry {
   readonly #pool: AdapterPool;
   readonly #budgetBytes: number;
   readonly #makeRoom: (bytes: number) => boolean;
+  readonly #turnover: AdapterTurnover;
   readonly #entries = new Map<string, Entry>();
   /** Files are read and placed one after another, so that a stack of many holds one of them in JS memory. */
   #turn: Promise<unknown> = Promise.resolve();
@@ -52,11 +62,13 @@ export class AdapterRegistry {
     pool: AdapterPool,
     budgetBytes: number,
     makeRoom: (bytes: number) => boolean = () => false,
+    turnover: AdapterTurnover = { adapterLoads: 0, adapterEvictions: 0 },
   ) {
     this.#config = config;
     this.#pool = pool;
     this.#budgetBytes = budgetBytes;
     this.#makeRoom = makeRoom;
+    this.#turnover = turnover;
   }
 
   /** The adapters that are on the GPU now. */
@@ -75,11 +87,33 @@ export class AdapterRegistry {
     return entry.facts;
   }
 
+  /** Reads adapters that had to go, so that a forward soon need not. Holds none: they may go again. Errors as `use`. */
+  async ready(names: readonly string[]): Promise<void> {
+    for (const name of names) {
+      const entry = this.#entries.get(name) ?? unknown(name);
+      entry.lastUse = ++this.#clock;
+      if (!entry.placed) this.#unpin(await this.#inTurn(() => this.#readAgain(name)));
+    }
+  }
+
   /**
-   * The named adapters on the GPU, in order. ERR_UNKNOWN_LORA, also where one had to be read again and its file is
-   * another one by now; else as `load`.
+   * The named adapters on the GPU, in order; one lease at a time. ERR_UNKNOWN_LORA, also where one had to be read again and
+   * its file is another one by now; else as `load`.
    */
   async use(names: readonly string[]): Promise<Lease> {
+    try {
+      return await this.#hold(names);
+    } catch (error) {
+      const sizes = [...new Set(names)].map((name) => this.#entries.get(name)?.poolBytes ?? 0);
+      const needed = sizes.reduce((sum, bytes) => sum + bytes, 0);
+      if (UnetdError.from(error).code !== 'ERR_OUT_OF_MEMORY' || needed > this.#budgetBytes) throw error;
+      // There may be room in pieces between those that were held already: in an empty pool they lie without gaps.
+      while (this.#evictOne());
+      return await this.#hold(names);
+    }
+  }
+
+  async #hold(names: readonly string[]): Promise<Lease> {
     const held: Entry[] = [];
     const release = (): void => {
       for (const entry of held.splice(0)) this.#unpin(entry);
@@ -126,20 +160,27 @@ export class AdapterRegistry {
     return this.#enter(source, adapter);
   }
 
-  /** An adapter that had to go, from its file. ERR_UNKNOWN_LORA where that is another one by now. */
+  /** An adapter that had to go, from its file. ERR_UNKNOWN_LORA where that is another one by now, or gone. */
   async #readAgain(name: string): Promise<Entry> {
     const known = this.#entries.get(name);
     if (known?.placed) return known;
     if (!known) return unknown(name);
-    const adapter = await openAdapter(known.source.path, this.#config, name);
+    const { path } = known.source;
+    const adapter = await openAdapter(path, this.#config, name).catch((error: unknown) => {
+      if (existsSync(path)) throw error;
+      return undefined;
+    });
     const expected = known.facts.digest;
-    if (adapter.digest === expected) return this.#enter(known.source, adapter);
+    if (adapter?.digest === expected) return this.#enter(known.source, adapter);
     this.#entries.delete(name);
-    throw new UnetdError(
-      'ERR_UNKNOWN_LORA',
-      `The file of LoRA "${name}" has changed since it was loaded (digest ${expected}, now ${adapter.digest}); load it again`,
-      { lora: name, expected, actual: adapter.digest },
-    );
+    const what = adapter
+      ? `has changed since it was loaded (digest ${expected}, now ${adapter.digest})`
+      : 'has gone since it was loaded';
+    throw new UnetdError('ERR_UNKNOWN_LORA', `The file of LoRA "${name}" ${what}; load it again`, {
+      lora: name,
+      expected,
+      actual: adapter?.digest ?? null,
+    });
   }
 
   async #enter(source: AdapterSource, adapter: Adapter): Promise<Entry> {
@@ -149,10 +190,11 @@ export class AdapterRegistry {
     const old = this.#entries.get(source.name);
     // Leases of the old version keep it until they end.
     if (old?.placed && old.pins === 0) this.#pool.remove(old.placed);
-    const { layers, ...rest } = adapter;
-    const facts = { ...rest, layerCount: layers.length };
-    const entry = { source, facts, placed, lastUse: ++this.#clock, pins: 0 };
+    const { layers: _layers, patches: _patches, ...rest } = adapter;
+    const facts = { ...rest, layerCount: layersChanged(adapter) };
+    const entry = { source, facts, placed, poolBytes: placed.sizeBytes, lastUse: ++this.#clock, pins: 0 };
     this.#entries.set(source.name, entry);
+    this.#turnover.adapterLoads += 1;
     return entry;
   }
 
@@ -166,6 +208,7 @@ export class AdapterRegistry {
       if (!placed && this.#makeRoom(needed)) placed = await this.#pool.add(adapter);
       if (placed) return placed;
     }
+    this.#refuseClosed(name);
     const used = this.resident().reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
     const where =
       used + needed > this.#budgetBytes
@@ -207,8 +250,15 @@ export class AdapterRegistry {
     if (!oldest?.placed) return false;
     this.#pool.remove(oldest.placed);
     oldest.placed = undefined;
+    this.#turnover.adapterEvictions += 1;
     return true;
   }
+}
+
+/** Modules that an adapter changes anything of. */
+function layersChanged({ layers, patches }: Adapter): number {
+  const patched = patches.map(({ tensor }) => tensor.replace(/\.(weight|bias)$/, ''));
+  return new Set([...layers.map(({ layer }) => layer), ...patched]).size;
 }
 
 function unknown(lora: string): never {

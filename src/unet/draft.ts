@@ -1,6 +1,6 @@
 /**
  * Collects the dispatches of a plan, layer by layer: allocates virtual tensors, splits weights that exceed a binding,
- * and gives every addressable layer its low-rank form. Knows layers and their weights, not the order of a UNet.
+ * and notes what the layers that a LoRA can address read. Knows layers and their weights, not the order of a UNet.
  */
 import {
   alignTo,
@@ -15,21 +15,13 @@ import {
 import type { Step } from '../gpu/plan.ts';
 import { attentionOf } from '../kernels/attention.ts';
 import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
-import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf, PANEL, type Rows } from '../kernels/gemm.ts';
+import type { LoraOperands, Rows } from '../kernels/gemm.ts';
 import { groupNormOf, groupNormScratch, layerNormOf } from '../kernels/norm.ts';
+import { firstReader } from './layers.ts';
+import { type Matmul, type Matrix, matmulOf, stepsOf } from './matmul.ts';
 
 /** Channels as stored: padded with zeros to a multiple of 8. */
 export const storedChannels = (channels: number): number => alignTo(channels, 8);
-
-/** A packed weight matrix: [panels][k][32] in the storage dtype, and its layer's LoRA slot. */
-export interface Matrix {
-  readonly slot: number;
-  readonly inFeatures: number;
-  readonly outFeatures: number;
-  readonly kernel: number;
-  /** The bytes `offset .. offset + sizeBytes` of the packed matrix. */
-  readonly range: (offset: number, sizeBytes: number) => Operand;
-}
 
 /** Where a plan finds weights. Throws on a layer that does not exist. */
 export interface WeightSource {
@@ -47,6 +39,14 @@ export interface Activation {
 }
 
 export const tokensOf = ({ height, width }: Activation): number => height * width;
+
+/** A tensor that layers with LoRA slots read. */
+export interface LayerInput {
+  /** Of the layers that read it; the kernels find the low-rank terms of all of them at the first one. */
+  readonly slots: readonly number[];
+  /** Rows per image that these layers compute. */
+  readonly rows: number;
+}
 
 export interface DraftOptions {
   readonly images: number;
@@ -70,8 +70,8 @@ export class Draft {
   readonly images: number;
   readonly storage: Storage;
   readonly steps: Step[] = [];
-  /** Rows per image that each used slot's layer computes; sizes the scratch of the low-rank terms. */
-  readonly slotRows: Map<number, number> = new Map<number, number>();
+  /** Every slot once. */
+  readonly inputs: LayerInput[] = [];
   readonly #options: DraftOptions;
   #ids = 0;
 
@@ -106,11 +106,38 @@ export class Draft {
 
   /** A linear layer or convolution: `m` rows per image of `x` -> [images, m, stored outFeatures]. */
   layer(id: string, x: Virtual, m: number, options: LayerOptions = {}): Virtual {
-    const matrix = this.#options.weights.matrix(id);
+    const { matmul, out } = this.#matmul(id, x, m, options);
+    this.#push([matmul], m);
+    return out;
+  }
+
+  /** The linear layers that read `x`, which share a down projection of their low-rank terms. */
+  layers(ids: readonly [string, ...string[]], x: Virtual, m: number): readonly Virtual[] {
+    const stranger = ids.find((id) => firstReader(id) !== ids[0]);
+    if (stranger) throw new Error(`${stranger} does not read what ${ids[0]} reads`);
+    const [first, ...others] = ids;
+    const all = [this.#matmul(first, x, m), ...others.map((id) => this.#matmul(id, x, m))] as const;
+    this.#push([all[0].matmul, ...all.slice(1).map(({ matmul }) => matmul)], m);
+    return all.map(({ out }) => out);
+  }
+
+  #push(matmuls: readonly [Matmul, ...Matmul[]], rows: number): void {
+    const { capabilities, lora } = this.#options;
+    this.steps.push(...stepsOf(matmuls, capabilities, lora));
+    if (lora) this.inputs.push({ slots: matmuls.map(({ slot }) => slot), rows });
+  }
+
+  #matmul(
+    id: string,
+    x: Virtual,
+    m: number,
+    { rows = { kind: 'linear' }, wide, ...epilogue }: LayerOptions = {},
+  ): { readonly matmul: Matmul; readonly out: Virtual } {
+    const { capabilities, weights } = this.#options;
+    const matrix = weights.matrix(id);
     const n = storedChannels(matrix.outFeatures);
-    const out = this.tensor(id, this.images * m * n, options.wide);
-    const rows = options.rows ?? { kind: 'linear' };
-    const args: Omit<GemmArgs, 'w'> = {
+    const out = this.tensor(id, this.images * m * n, wide);
+    const args = {
       label: id,
       images: this.images,
       m,
@@ -119,40 +146,10 @@ export class Draft {
       rows,
       x,
       out,
-      bias: this.#options.weights.vector(`${id}.bias`),
-      add: options.add,
-      addPerImage: options.addPerImage,
-      silu: options.silu,
+      bias: weights.vector(`${id}.bias`),
+      ...epilogue,
     };
-    this.#push(args, matrix);
-    return out;
-  }
-
-  #push(args: Omit<GemmArgs, 'w'>, matrix: Matrix): void {
-    const { capabilities, lora } = this.#options;
-    const panelBytes = matrix.kernel ** 2 * args.channels * PANEL * storageBytes(this.storage);
-    const panels = ceilDiv(matrix.outFeatures, PANEL);
-    const most = Math.max(1, Math.floor(capabilities.maxBindingBytes / panelBytes));
-    const parts: GemmArgs[] = [];
-    for (let panel0 = 0; panel0 < panels; panel0 += most) {
-      const count = Math.min(most, panels - panel0);
-      const w = matrix.range(panel0 * panelBytes, count * panelBytes);
-      parts.push({ ...args, w, panel0, panels: count });
-    }
-    const base = parts.map((part) => gemmOf(part, capabilities));
-    if (!lora) {
-      this.always(...base);
-      return;
-    }
-    const operands = lora(matrix.slot);
-    this.slotRows.set(matrix.slot, args.m);
-    this.steps.push({
-      kind: 'slot',
-      slot: matrix.slot,
-      base,
-      down: loraDownOf({ ...args, w: parts[0]!.w }, capabilities, operands),
-      main: parts.map((part) => gemmOf(part, capabilities, operands)),
-    });
+    return { matmul: matmulOf(matrix, args, this.storage, capabilities), out };
   }
 
   /** A 3x3 convolution to height x width; `scaleTo` is the size the convolution sees (nearest upsample) if not x's own. */
@@ -218,7 +215,8 @@ export class Draft {
     const out = this.activation(id, x.channels, x.height, x.width);
     const args = {
       label: id,
-      rows: this.images * tokensOf(x),
+      images: this.images,
+      rows: tokensOf(x),
       channels: x.channels,
       eps: 1e-5,
       x: x.tensor,

@@ -111,6 +111,14 @@ export function layersOf(config: UNetConfig): readonly Layer[] {
   return layers;
 }
 
+/**
+ * The first of the layers that read the same tensor as this one: q, k and v of self-attention, k and v of cross-attention.
+ * Every other layer stands alone.
+ */
+export function firstReader(id: string): string {
+  return id.replace(/\.attn1\.to_[kv]$/, '.attn1.to_q').replace(/\.attn2\.to_v$/, '.attn2.to_k');
+}
+
 /** Shape of a part's weight: linear [out, in], conv [out, in, kernel, kernel], norm [features]. */
 export function weightShape({
   kind,

@@ -6,7 +6,14 @@ import type { Virtual } from '../gpu/kernel.ts';
 import type { PlanSpec } from '../gpu/plan.ts';
 import { toNchwOf } from '../kernels/elementwise.ts';
 import type { UNetConfig, UNetModule } from './config.ts';
-import { type Activation, Draft, type DraftOptions, storedChannels, tokensOf } from './draft.ts';
+import {
+  type Activation,
+  Draft,
+  type DraftOptions,
+  type LayerInput,
+  storedChannels,
+  tokensOf,
+} from './draft.ts';
 
 type Res = Extract<UNetModule, { kind: 'res' }>;
 type Transformer = Extract<UNetModule, { kind: 'transformer' }>;
@@ -46,8 +53,8 @@ export interface UNetPlan {
   readonly out: Virtual;
   /** Outputs by LDM path: modules (`input_blocks.1.0`), blocks (`input_blocks.1`, `middle_block`), and `emb` after its SiLU. */
   readonly points: ReadonlyMap<string, Activation>;
-  /** Rows per image of each layer a LoRA can address, by slot. */
-  readonly slotRows: ReadonlyMap<number, number>;
+  /** What the layers that a LoRA can address read. */
+  readonly inputs: readonly LayerInput[];
 }
 
 const RES_EPS = 1e-5;
@@ -115,7 +122,7 @@ class UNetDrafter {
       feeds: { x, time, context: this.#context, y, control: this.#control },
       out,
       points: this.#points,
-      slotRows: draft.slotRows,
+      inputs: draft.inputs,
     };
   }
 
@@ -250,10 +257,12 @@ class UNetDrafter {
   ): Virtual {
     const draft = this.#draft;
     const queries = tokensOf(residual);
-    const q = draft.layer(`${id}.to_q`, x, queries);
-    const k = draft.layer(`${id}.to_k`, context, keys);
-    const v = draft.layer(`${id}.to_v`, context, keys);
-    const attended = draft.attention(id, heads, headDim, queries, keys, q, k, v);
+    const [toQ, toK, toV] = [`${id}.to_q`, `${id}.to_k`, `${id}.to_v`] as const;
+    const [q, k, v] =
+      x === context
+        ? draft.layers([toQ, toK, toV], x, queries)
+        : [draft.layer(toQ, x, queries), ...draft.layers([toK, toV], context, keys)];
+    const attended = draft.attention(id, heads, headDim, queries, keys, q!, k!, v!);
     return draft.layer(`${id}.to_out.0`, attended, queries, { add: residual.tensor, wide: true });
   }
 }

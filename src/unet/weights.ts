@@ -13,8 +13,9 @@ import { PANEL } from '../kernels/gemm.ts';
 import { packOf } from '../kernels/pack.ts';
 import type { SafetensorsFile, TensorEntry } from '../safetensors.ts';
 import type { UNetConfig } from './config.ts';
-import { type Matrix, storedChannels, type WeightSource } from './draft.ts';
+import { storedChannels, type WeightSource } from './draft.ts';
 import { layersOf, type Part, partsOf } from './layers.ts';
+import type { Matrix } from './matmul.ts';
 import { checkDtypes, isMatrix, matrixBytes, vectorBytes, vectorNames } from './packed.ts';
 
 /** File bytes uploaded at a time: all that loading holds in JS memory. */
@@ -36,6 +37,12 @@ const resident = (label: string, buffer: GPUBuffer, offset: number, sizeBytes: n
   current: () => buffer,
   offset,
   sizeBytes,
+});
+
+/** The bytes of a tensor of the model from `start` on. */
+const tensorOf = (name: string, start: number, operand: Resident): Resident => ({
+  ...operand,
+  tensor: { name, offset: start },
 });
 
 export class Weights implements WeightSource {
@@ -202,7 +209,10 @@ class Loader {
     const buffer = await this.#create('vectors', total);
     this.#device.gpu.queue.writeBuffer(buffer, 0, all);
     const vectors = new Map(
-      places.map(({ name, offset, sizeBytes }) => [name, resident(name, buffer, offset, sizeBytes)]),
+      places.map(({ name, offset, sizeBytes }) => [
+        name,
+        tensorOf(name, 0, resident(name, buffer, offset, sizeBytes)),
+      ]),
     );
     return { vectors, buffer };
   }
@@ -236,7 +246,8 @@ class Loader {
       const out = resident(id, buffer, panel * panelBytes, outBytes);
       await this.#packRows(part, entry, panel * PANEL * rowBytes, rows, rows * rowBytes, out);
     }
-    const range = (offset: number, sizeBytes: number): Operand => resident(id, buffer, offset, sizeBytes);
+    const range = (offset: number, sizeBytes: number): Operand =>
+      tensorOf(`${id}.weight`, offset, resident(id, buffer, offset, sizeBytes));
     return { buffer, matrix: { slot, inFeatures, outFeatures, kernel, range } };
   }
 

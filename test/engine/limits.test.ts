@@ -160,7 +160,8 @@ describe('the memory budget (software)', () => {
     expect(await failureOf(engine.forward({ model: 'c', requests: [base] }))).toMatchObject({
       code: 'ERR_MODEL_NOT_LOADED',
     });
-    const { memory } = await engine.stats();
+    const { memory, turnover } = await engine.stats();
+    expect(turnover).toMatchObject({ modelLoads: 4, modelEvictions: 2 });
     expect(memory.peakBytes).toBeLessThanOrEqual(memory.budgetBytes);
     await engine.close();
   });
@@ -256,6 +257,8 @@ describe('a LoRA file that is replaced (software)', () => {
     const engine = await engineWith({ adapterBudgetBytes: Math.floor(largestLora * 1.2) }, []);
     await engine.loadAdapter(loraFile(folder, fixture, 'style', 'mine'), 'model');
     await engine.loadAdapter(sourceOf(folder, 'subject'), 'model');
+    const { turnover } = await engine.stats();
+    expect(turnover).toEqual({ modelLoads: 1, modelEvictions: 0, adapterLoads: 2, adapterEvictions: 1 });
     const { path } = loraFile(folder, fixture, 'peft', 'mine');
     const error = await failureOf(engine.forward({ model: 'model', requests: [with1('mine')] }));
     expect(error).toMatchObject({ code: 'ERR_UNKNOWN_LORA' });

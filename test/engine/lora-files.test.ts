@@ -98,9 +98,9 @@ describe('a LoRA file is refused (software)', () => {
   });
 
   test('of a kind that is not applied', async () => {
-    const error = await adding(named(folder, { [`lora_unet_${TO_Q.replaceAll('.', '_')}.hada_w1_a`]: [4] }));
+    const error = await adding(named(folder, { [`lora_unet_${TO_Q.replaceAll('.', '_')}.ia3_l`]: [4] }));
     expect(error).toMatchObject({ code: 'ERR_LORA_UNSUPPORTED' });
-    expect(error.message).toContain(`a LoHa adapter of ${TO_Q}; applied are: LoRA`);
+    expect(error.message).toContain(`for ${TO_Q}, of the kind IA3; applied are: LoRA`);
   });
 
   test('that is truncated or lies, and that is a pickle', async () => {

@@ -55,7 +55,11 @@ const SPEC: PlanSpec = {
   storage: 'f32',
   steps: [
     { kind: 'always', dispatch: sum(a, b, c) },
-    { kind: 'slot', slot: 3, base: [sum(c, b, d)], down: copied(b, e), main: [copied(e, d)] },
+    {
+      kind: 'slots',
+      down: copied(b, e),
+      slots: [{ slot: 3, base: [sum(c, b, d)], main: [copied(e, d)] }],
+    },
     { kind: 'always', dispatch: sum(d, a, e) },
   ],
   feeds: [a, b],
@@ -76,7 +80,7 @@ async function run(
   for (const [feed, value] of feeds) plan.write(feed, floats(value, feed.sizeBytes / 4));
   return await on.guarded('run', async () => {
     const encoder = on.gpu.createCommandEncoder();
-    plan.encode(encoder, blocks);
+    plan.encode(encoder, { blocks });
     on.gpu.queue.submit([encoder.finish()]);
     const bytes = await on.read(arena.buffer, plan.offsetOf(result), result.sizeBytes);
     return new Float32Array(bytes.buffer, bytes.byteOffset, result.sizeBytes / 4);

@@ -89,17 +89,23 @@ function build(shape: AttentionShape, storage: Storage): Built {
   };
 }
 
+/** Variants that take a head width; all when nothing is said. 28 stands for widths of many odd quads. */
+function variantsOf(headDim: number): Pick<Case, 'variants'> {
+  if (headDim % 4) return { variants: ['scalar'] };
+  return headDim === 28 ? { variants: ['direct', 'scalar'] } : {};
+}
+
 export const attentionCase = (shape: AttentionShape): Case => ({
   name: shape.name,
   kernel: attention,
-  ...(shape.headDim % 4 === 0 ? {} : { variants: ['scalar'] }),
+  ...variantsOf(shape.headDim),
   build: (storage) => build(shape, storage),
 });
 
 /** Fewest heads whose rows fill whole quads, so that no width is left out; two more than that where one would do. */
 const headsOf = (headDim: number): number => (headDim % 2 ? 4 : headDim % 4 ? 2 : 3);
 
-const WIDTHS = [40, 64, 80, 160, 4, 8, 5, 6, 3];
+const WIDTHS = [40, 64, 80, 160, 4, 8, 28, 48, 5, 6, 3];
 const KEYS = [1, 31, 32, 33, 77];
 
 export const CASES: readonly Case[] = [
@@ -112,7 +118,7 @@ export const CASES: readonly Case[] = [
     keys: 45,
   })),
   ...KEYS.map((keys) => ({ name: `${keys} keys`, images: 2, heads: 2, headDim: 8, queries: 33, keys })),
-  ...[1, 7, 8, 63, 64, 65].map((queries) => ({
+  ...[1, 7, 8, 31, 32, 63, 64, 65].map((queries) => ({
     name: `${queries} ${queries === 1 ? 'query' : 'queries'}`,
     heads: 1,
     headDim: 8,

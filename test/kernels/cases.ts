@@ -8,6 +8,8 @@ import { CASES as groupNorm } from './group_norm.cases.ts';
 import { CASES as layerNorm } from './layer_norm.cases.ts';
 import { CASES as loraDown } from './lora_down.cases.ts';
 import { CASES as pack } from './pack.cases.ts';
+import { CASES as patch } from './patch.cases.ts';
+import { CASES as patchCombine } from './patch_combine.cases.ts';
 
 export const CASES: readonly Case[] = [
   ...gemm,
@@ -17,6 +19,8 @@ export const CASES: readonly Case[] = [
   ...layerNorm,
   ...elementwise,
   ...pack,
+  ...patch,
+  ...patchCombine,
 ];
 
 /** Variants of a case's kernel that can compute it. */

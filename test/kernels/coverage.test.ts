@@ -10,6 +10,7 @@ import { allDispatches } from './recipes.ts';
 const VALUES: Readonly<Record<string, readonly number[]>> = {
   SRC_DTYPE: Object.values(PACK_DTYPES),
   WIDTH: [8, 32],
+  DTYPE: Object.values(PACK_DTYPES),
 };
 
 const dispatches = allDispatches();

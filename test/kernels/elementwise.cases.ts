@@ -169,6 +169,44 @@ const COPIES: readonly CopyShape[] = [
   { name: 'stored to wide', count: 260, wide: ['out'] },
 ];
 
+/** What rounding to halves must get right: ties either way, subnormals, the least and largest half, and past both. */
+const EDGES = Float32Array.from(
+  [
+    [0, 2 ** -24, 2 ** -25, 1.001 * 2 ** -25, 3 * 2 ** -25, 2 ** -26, 1e-40],
+    [2 ** -14, 2 ** -14 - 2 ** -25, 2 ** -14 - 2 ** -26, 1023.5 * 2 ** -24, 2 ** -15 + 2 ** -24],
+    [1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 1 + 2 ** -11 + 2 ** -20, 2 - 2 ** -12, 2 - 2 ** -11],
+    [65504, 65519, 65520, 1e6, 3e38, Number.POSITIVE_INFINITY],
+  ]
+    .flat()
+    .flatMap((v) => [v, -v]),
+);
+
+/** `copy` from f32 into storage: exactly what the CPU rounds to. */
+const roundingCase: Case = {
+  name: 'every kind of half',
+  kernel: copy,
+  storages: ['f16'],
+  build: () => ({
+    inputs: { x: { as: 'wide', values: EDGES } },
+    outputs: {
+      out: {
+        as: 'quad',
+        count: EDGES.length,
+        expected: () =>
+          Float64Array.from(
+            stored(
+              EDGES.map((v) => Math.max(-65504, Math.min(65504, v))),
+              'f16',
+            ),
+          ),
+        tolerance: { norm: 0, max: 0 },
+      },
+    },
+    bytes: EDGES.length * 6,
+    dispatches: (o) => [copyOf({ label: 'rounding', count: EDGES.length, x: o.x!, out: o.out! })],
+  }),
+};
+
 const LAYOUTS: readonly LayoutShape[] = [
   { name: 'one token', images: 1, tokens: 1, channels: 4, storedChannels: 8 },
   { name: 'padded channels in two images', images: 2, tokens: 63, channels: 9, storedChannels: 16 },
@@ -203,6 +241,7 @@ export const CASES: readonly Case[] = [
       build: (storage) => buildCopy(shape, storage),
     }),
   ),
+  roundingCase,
   ...[...LAYOUTS, { ...LAYOUTS[1]!, name: 'wide pixels', wide: ['x'] }].map(
     (shape): Case => ({
       name: shape.name,

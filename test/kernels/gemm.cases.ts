@@ -50,7 +50,9 @@ export function gemmData(shape: GemmShape, storage: Storage): Data {
     w: tensor('w', n * k, 2 / Math.sqrt(k)),
     bias: shape.bias ? random(`${name} bias`, n) : undefined,
     add: shape.add ? tensor('add', images * (shape.add === 'row' ? m : 1) * n) : undefined,
-    lora: shape.lora ? loraData(name, shape.lora, { k, n, slot: SLOT }, storage) : undefined,
+    lora: shape.lora
+      ? loraData(name, [...(shape.beside ?? []), shape.lora], { k, n, slot: SLOT }, storage)
+      : undefined,
   };
 }
 
@@ -68,7 +70,7 @@ function reference(shape: GemmShape, data: Data): Float64Array {
   const out = product(a, data.w, images * m, n, k);
   for (let image = 0; image < images; image++) {
     const rows = a.subarray(image * m * k, (image + 1) * m * k);
-    for (const { rank, scale, down, up } of lora?.stacks[image] ?? []) {
+    for (const { rank, scale, down, up } of lora?.layers.at(-1)?.[image] ?? []) {
       const t = product(rows, down, m, rank, k);
       const delta = product(t, up, m, n, rank);
       for (let i = 0; i < m * n; i++) out[image * m * n + i]! += scale * delta[i]!;
@@ -152,7 +154,7 @@ function build(shape: GemmShape, storage: Storage): Built {
         const down = loraDownOf(args, capabilities, where);
         return [
           { ...down, grid: [lora.longest, down.grid[1], down.grid[2]] },
-          gemmOf(args, capabilities, where, variant),
+          gemmOf(args, capabilities, { ...where, slot: SLOT + lora.layers.length - 1 }, variant),
         ];
       }
       const first = shape.splitPanels;

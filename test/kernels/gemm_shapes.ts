@@ -1,7 +1,7 @@
 /** Shapes that `gemm` and `lora_down` are tried at: around the tiles, every epilogue, stacks that differ. Data only. */
 import type { Wide } from './case.ts';
 import type { ConvShape } from './gemm_reference.ts';
-import type { LoraShape } from './lora_tables.ts';
+import type { LoraShape, Stacks } from './lora_tables.ts';
 
 export interface GemmShape extends Wide {
   readonly name: string;
@@ -17,7 +17,10 @@ export interface GemmShape extends Wide {
   readonly silu?: boolean;
   /** Panels of a first weight buffer; the rest lie in a second one. */
   readonly splitPanels?: number;
-  readonly lora?: readonly (readonly LoraShape[])[];
+  /** Stacks of the layer itself. */
+  readonly lora?: Stacks<LoraShape>;
+  /** Stacks of layers that read the same tensor, whose down projection is the same dispatch. */
+  readonly beside?: readonly Stacks<LoraShape>[];
 }
 
 const image = (height: number, width: number, stride: 1 | 2 = 1): ConvShape => ({
@@ -37,7 +40,7 @@ const scaled = (from: readonly [number, number], to: readonly [number, number]):
 });
 
 /** Images without a stack, with one, with two of different ranks; ranks below, at and above a block. */
-const STACKS: readonly (readonly LoraShape[])[] = [
+const STACKS: Stacks<LoraShape> = [
   [{ rank: 4, scale: 0.75 }],
   [],
   [
@@ -45,6 +48,9 @@ const STACKS: readonly (readonly LoraShape[])[] = [
     { rank: 17, scale: 1.25 },
   ],
 ];
+
+/** Around a block of 8 ranks, around the four blocks that one workgroup may take, and as high as adapters go. */
+const RANKS = [1, 7, 8, 9, 16, 24, 32, 33, 64, 256];
 
 /** Shapes share modules where they can: lavapipe takes 1 to 3 s to compile one. */
 const BIASED = { bias: true, add: 'row' } as const;
@@ -177,6 +183,45 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     lora: STACKS,
     ...BIASED,
     wide: ['x', 'add', 'out'],
+  },
+  ...RANKS.map(
+    (rank): GemmShape => ({
+      name: `low-rank terms of rank ${rank}`,
+      images: 2,
+      m: 21,
+      channels: 24,
+      n: 36,
+      lora: [[{ rank, scale: 0.5 }], [{ rank: 3, scale: -1 }]],
+      ...BIASED,
+    }),
+  ),
+  {
+    name: 'a stack of ranks 1 to 64',
+    m: 67,
+    channels: 40,
+    n: 32,
+    lora: [[1, 64, 8, 9, 32, 7].map((rank, i) => ({ rank, scale: (i - 2) / 4 }))],
+    ...BIASED,
+  },
+  {
+    name: 'low-rank terms of three layers in one down projection',
+    images: 3,
+    m: 19,
+    channels: 32,
+    n: 36,
+    beside: [STACKS.toReversed(), [[], [], [{ rank: 33, scale: 0.5 }]]],
+    lora: STACKS,
+    ...BIASED,
+  },
+  {
+    name: 'no low-rank terms beside those of a layer that reads the same',
+    images: 2,
+    m: 5,
+    channels: 8,
+    n: 8,
+    beside: [[[{ rank: 4, scale: 1 }], []]],
+    lora: [[], [{ rank: 12, scale: 1 }]],
+    ...BIASED,
   },
   { name: 'low-rank terms of no image', images: 2, m: 5, channels: 8, n: 8, lora: [[], []], ...BIASED },
 ];

@@ -265,6 +265,7 @@ export const CASES: readonly Case[] = [
   ...[
     { name: 'a made-up affine', images: 2, tokens: 17, channels: 68 },
     { name: 'a made-up affine with SiLU', tokens: 16, channels: 64, silu: true },
+    { name: 'a made-up affine of many tokens', tokens: 1031, channels: 256, silu: true },
     { name: 'a made-up affine over two sources', images: 2, tokens: 15, channels: 72, split: 60, silu: true },
   ].map(applyCase),
 ];

@@ -6,6 +6,8 @@ import { layerNormRows } from './norm_reference.ts';
 
 export interface LayerNormShape extends Wide {
   readonly name: string;
+  readonly images?: number;
+  /** Of one image. */
   readonly rows: number;
   readonly channels: number;
   /** Added to every value of x. */
@@ -15,9 +17,9 @@ export interface LayerNormShape extends Wide {
 const EPS = 1e-5;
 
 function build(shape: LayerNormShape, storage: Storage): Built {
-  const { name, rows, channels, offset = 0 } = shape;
+  const { name, images = 1, rows, channels, offset = 0 } = shape;
   const x = stored(
-    random(`${name} x`, rows * channels, offset - 1, offset + 1),
+    random(`${name} x`, images * rows * channels, offset - 1, offset + 1),
     storage,
     formatOf(shape, 'x'),
   );
@@ -42,7 +44,7 @@ function build(shape: LayerNormShape, storage: Storage): Built {
     bytes: 2 * x.length * (storage === 'f16' ? 2 : 4),
     dispatches: ({ x, gamma, beta, out }, capabilities, variant) => [
       layerNormOf(
-        { label: name, rows, channels, eps: EPS, x: x!, gamma: gamma!, beta: beta!, out: out! },
+        { label: name, images, rows, channels, eps: EPS, x: x!, gamma: gamma!, beta: beta!, out: out! },
         capabilities,
         variant,
       ),
@@ -60,6 +62,7 @@ export const layerNormCase = (shape: LayerNormShape): Case => ({
 export const CASES: readonly Case[] = [
   ...[1, 3, 4, 5, 63, 64, 65].map((rows) => ({ name: `${rows} rows`, rows, channels: 72 })),
   ...[4, 60, 64, 68, 1280].map((channels) => ({ name: `${channels} channels`, rows: 7, channels })),
+  { name: 'three images', images: 3, rows: 9, channels: 72 },
   { name: 'wide rows', rows: 65, channels: 320, wide: ['x'] },
   { name: 'an offset of 1000', rows: 5, channels: 320, offset: 1000 },
 ].map(layerNormCase);

@@ -12,9 +12,9 @@ function reference(shape: GemmShape, data: ReturnType<typeof gemmData>): Float64
   const a = rowsOfA(shape, data);
   const out = new Float64Array((lora?.totalBlocks ?? 0) * m * RANK_BLOCK);
   let block = 0;
-  lora?.stacks.forEach((stack, image) => {
+  for (let image = 0; image < data.images; image++) {
     const rows = a.subarray(image * m * k, (image + 1) * m * k);
-    for (const { rank, scale, down } of stack) {
+    for (const { rank, scale, down } of lora?.layers.flatMap((stacks) => stacks[image] ?? []) ?? []) {
       const t = product(rows, down, m, rank, k);
       t.forEach((value, i) => {
         const r = i % rank;
@@ -23,7 +23,7 @@ function reference(shape: GemmShape, data: ReturnType<typeof gemmData>): Float64
       });
       block += Math.ceil(rank / RANK_BLOCK);
     }
-  });
+  }
   return out;
 }
 

@@ -18,13 +18,17 @@ export interface Stack {
   readonly up: Float32Array;
 }
 
+/** The adapters of each image at one layer. */
+export type Stacks<T> = readonly (readonly T[])[];
+
 export interface LoraData {
-  /** The adapters of every image. */
-  readonly stacks: readonly (readonly Stack[])[];
+  /** Of each layer that reads the same tensor. */
+  readonly layers: readonly Stacks<Stack>[];
   /** Values of down and up blocks; table offsets count quads of it. */
   readonly pool: Float32Array;
   /** Rows of four words. */
   readonly table: Uint32Array;
+  /** Blocks of the image that has most of them, all layers together. */
   readonly longest: number;
   /** Blocks of all images: T is [totalBlocks][m][8]. */
   readonly totalBlocks: number;
@@ -47,51 +51,57 @@ function transposed(matrix: Float32Array, rows: number, columns: number): Float3
   );
 }
 
-/** `slot` rows of other slots stand before this one's in the table, to prove the offset. */
+/**
+ * `shapes` holds the stacks of each layer that reads the tensor, the layers being the slots `slot ..`. Heads of other slots
+ * stand before theirs in the table, to prove the offset.
+ */
 export function loraData(
   name: string,
-  shapes: readonly (readonly LoraShape[])[],
+  shapes: readonly Stacks<LoraShape>[],
   { k, n, slot }: { k: number; n: number; slot: number },
   storage: Storage,
 ): LoraData {
-  const headRows = (slot + 1) * shapes.length;
-  const table: number[] = Array.from({ length: headRows * 4 }, () => 0);
+  const images = shapes[0]!.length;
+  const heads = new Uint32Array((slot + shapes.length) * images * 4);
+  const rows: number[] = [];
   const chunks: Float32Array[] = [];
   let quads = 0;
+  let t = 0;
   const put = (values: Float32Array): number => {
     const at = quads;
     chunks.push(values);
     quads += values.length / 4;
     return at;
   };
-  let totalBlocks = 0;
-  const stacks = shapes.map((adapters, image) => {
-    const firstBlock = table.length / 4;
-    const list = adapters.map(({ rank, scale }, i): Stack => {
-      const down = stored(random(`${name} down ${image} ${i}`, rank * k), storage);
-      const up = stored(random(`${name} up ${image} ${i}`, n * rank, -0.3, 0.3), storage);
-      const upRows = transposed(up, n, rank);
-      for (let r = 0; r < rank; r += RANK_BLOCK) {
-        const downAt = put(panelsOf(sliceRows(down, k, r), RANK_BLOCK, k, RANK_BLOCK));
-        const columns = transposed(sliceRows(upRows, n, r), RANK_BLOCK, n);
-        const upAt = put(panelsOf(columns, n, RANK_BLOCK, PANEL));
-        table.push(downAt, upAt, bitsOf(scale), totalBlocks++);
-      }
-      return { scale: Math.fround(scale), rank, down, up };
+  const addStack = (label: string, { rank, scale }: LoraShape): Stack => {
+    const down = stored(random(`${label} down`, rank * k), storage);
+    const up = stored(random(`${label} up`, n * rank, -0.3, 0.3), storage);
+    const upRows = transposed(up, n, rank);
+    for (let r = 0; r < rank; r += RANK_BLOCK) {
+      const downAt = put(panelsOf(sliceRows(down, k, r), RANK_BLOCK, k, RANK_BLOCK));
+      const columns = transposed(sliceRows(upRows, n, r), RANK_BLOCK, n);
+      rows.push(downAt, put(panelsOf(columns, n, RANK_BLOCK, PANEL)), bitsOf(scale), t++);
+    }
+    return { scale: Math.fround(scale), rank, down, up };
+  };
+  const layers = shapes.map((): (readonly Stack[])[] => []);
+  const next = (): number => (heads.length + rows.length) / 4;
+  let longest = 0;
+  for (let image = 0; image < images; image++) {
+    const first = next();
+    shapes.forEach((stacks, layer) => {
+      const own = next();
+      layers[layer]!.push(stacks[image]!.map((one, i) => addStack(`${name} ${layer} ${image} ${i}`, one)));
+      heads.set([own, next() - own], ((slot + layer) * images + image) * 4);
     });
-    const head = (slot * shapes.length + image) * 4;
-    table[head] = firstBlock;
-    table[head + 1] = table.length / 4 - firstBlock;
-    return list;
-  });
+    heads.set([first, next() - first], (slot * images + image) * 4 + 2);
+    longest = Math.max(longest, next() - first);
+  }
   const pool = new Float32Array(quads * 4);
   let at = 0;
   for (const chunk of chunks) {
     pool.set(chunk, at);
     at += chunk.length;
   }
-  const counts = shapes.map((adapters) =>
-    adapters.reduce((sum, { rank }) => sum + Math.ceil(rank / RANK_BLOCK), 0),
-  );
-  return { stacks, pool, table: Uint32Array.from(table), longest: Math.max(...counts), totalBlocks };
+  return { layers, pool, table: Uint32Array.from([...heads, ...rows]), longest, totalBlocks: t };
 }

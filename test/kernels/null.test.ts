@@ -20,6 +20,9 @@ const STORAGES = ['f32', 'f16'] as const;
 const NEEDS: Readonly<Record<string, readonly string[]>> = {
   'a=concat': ['x2'],
   'lora=blocks': ['t', 'up', 'table'],
+  'x=dense': ['x'],
+  'x=blocks': ['blocks'],
+  'x=product': ['x', 'right'],
 };
 
 function withChoice(recipe: Recipe, option: string, choice: string): Recipe {

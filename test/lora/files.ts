@@ -14,6 +14,10 @@ export const SDXL: UNetConfig = detectUNet(shapesOf('sdxl'));
 export const LINEAR = 'input_blocks.1.1.transformer_blocks.0.attn1.to_q';
 export const CONV1 = 'input_blocks.1.1.proj_in';
 export const CONV3 = 'input_blocks.1.0.in_layers.2';
+export const FF = 'input_blocks.1.1.transformer_blocks.0.ff.net.2';
+/** A linear layer with a bias. */
+export const BIASED = 'input_blocks.1.1.transformer_blocks.0.attn1.to_out.0';
+export const NORM = 'input_blocks.1.1.transformer_blocks.0.norm1';
 
 export function layer(id: string): Layer {
   return layersOf(SD15).find((candidate) => candidate.id === id)!;
@@ -74,3 +78,7 @@ export async function failure(
   expect(error).toBeInstanceOf(UnetdError);
   return error as UnetdError;
 }
+
+/** The parts of a layer by their endings. */
+export const file = (id: string, shapes: Readonly<Record<string, readonly number[]>>): TensorView[] =>
+  Object.entries(shapes).map(([ending, shape], i) => tensor(`${flat(id)}.${ending}`, shape, i + 1));

@@ -26,7 +26,8 @@ describe('readKey', () => {
         kind: 'LoRA',
         part,
         format,
-        target: { id, layer: { id } },
+        leaf: 'weight',
+        target: { id },
       });
     };
     const layers = layersOf(model);
@@ -77,7 +78,7 @@ describe('readKey', () => {
     const stem = 'lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q';
     const kinds: Record<string, string> = {
       alpha: 'any',
-      dora_scale: 'DoRA',
+      dora_scale: 'any',
       hada_w1_a: 'LoHa',
       hada_t2: 'LoHa',
       lokr_w1: 'LoKr',
@@ -86,20 +87,49 @@ describe('readKey', () => {
       'a1.weight': 'GLoRA',
       'b2.weight': 'GLoRA',
       oft_blocks: 'OFT/BOFT',
-      oft_diag: 'OFT/BOFT',
-      'oft_R.weight': 'OFT/BOFT',
+      rescale: 'OFT/BOFT',
+      oft_diag: 'OFT of another form',
+      'oft_R.weight': 'OFT of another form',
+      boft_S: 'OFT of another form',
       diff: 'full difference',
-      diff_b: 'full difference',
       w_norm: 'full difference',
-      b_norm: 'full difference',
-      set_weight: 'replaced weight',
-      reshape_weight: 'replaced weight',
-      lora_magnitude_vector: 'DoRA',
+      set_weight: 'replaced tensor',
+      reshape_weight: 'LoRA',
+      lora_magnitude_vector: 'DoRA of PEFT',
+      'lora_magnitude_vector.default.weight': 'DoRA of PEFT',
+      'bm1.weight': 'GLoRA with a core',
+      on_input: 'IA3',
+      bias_values: 'sparse bias',
+      'lora_A.bias': 'bias of a down projection',
     };
     for (const [ending, kind] of Object.entries(kinds))
       expect(readKey(`${stem}.${ending}`, names)?.kind, ending).toBe(kind);
     const norm = readKey('lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm1.w_norm', names);
-    expect(norm?.target).toEqual({ id: 'input_blocks.1.1.transformer_blocks.0.norm1', layer: null });
+    const id = 'input_blocks.1.1.transformer_blocks.0.norm1';
+    expect(norm).toMatchObject({ target: { id, kind: 'norm' }, leaf: 'weight', part: 'w_norm' });
+  });
+
+  it('finds biases where the module has one', () => {
+    const names = namesOf('sd15');
+    const attention = 'input_blocks.1.1.transformer_blocks.0.attn1';
+    const found: Record<string, string> = {
+      'lora_unet_out_2.diff_b': 'out.2',
+      'diffusion_model.out.2.diff_b': 'out.2',
+      'diffusion_model.out.2.bias.diff': 'out.2',
+      'diffusion_model.out.2.bias.set_weight': 'out.2',
+      'diffusion_model.out.0.bias.diff': 'out.0',
+      'lora_unet_out_0.b_norm': 'out.0',
+      [`diffusion_model.${attention}.to_out.0.diff_b`]: `${attention}.to_out.0`,
+    };
+    for (const [key, id] of Object.entries(found))
+      expect(readKey(key, names), key).toMatchObject({ target: { id }, leaf: 'bias' });
+    for (const key of [
+      `diffusion_model.${attention}.to_q.diff_b`,
+      `diffusion_model.${attention}.to_q.bias.diff`,
+      'unet.conv_out.bias.diff',
+      'diffusion_model.out.2.bias.diff_b',
+    ])
+      expect(readKey(key, names), key).toBeNull();
   });
 
   it('finds nothing under names of other models, of text encoders or of nothing', () => {
@@ -119,7 +149,12 @@ describe('readKey', () => {
   });
 
   it('splits a key at its ending only', () => {
-    expect(splitKey('a.alpha.lora_up.weight')).toEqual({ stem: 'a.alpha', kind: 'LoRA', part: 'up' });
+    expect(splitKey('a.alpha.lora_up.weight')).toEqual({
+      stem: 'a.alpha',
+      kind: 'LoRA',
+      part: 'up',
+      leaf: 'weight',
+    });
     expect(splitKey('a.lora_up.weight.b')).toBeNull();
   });
 });

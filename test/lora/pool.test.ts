@@ -82,7 +82,8 @@ function adapterOf(seed: number, ranks: Readonly<Record<string, number>>): Adapt
       up: Float32Array.from({ length: rank * outFeatures }, (_, i) => -value(i)),
     };
   });
-  return { digest: '', format: '', rank: 0, layers, matched: [], unmatched: [], sizeBytes: 0 };
+  const nothing = { patches: [], matched: [], unmatched: [], textEncoder: [] };
+  return { digest: '', format: '', rank: 0, layers, sizeBytes: 0, ...nothing };
 }
 
 describe.each(['f32', 'f16'] as const)('the pool in %s storage (software)', (storage) => {

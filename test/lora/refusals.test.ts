@@ -155,28 +155,27 @@ describe('a malformed adapter', () => {
 describe('an adapter kind that is not applied', () => {
   it('is refused with its key and kind, even beside plain LoRA layers', async () => {
     const kinds: Record<string, string> = {
-      hada_w1_a: 'LoHa',
-      lokr_w2: 'LoKr',
-      dora_scale: 'DoRA',
-      'b1.weight': 'GLoRA',
-      oft_blocks: 'OFT/BOFT',
-      diff: 'full difference',
-      diff_b: 'full difference',
-      set_weight: 'replaced weight',
-      reshape_weight: 'replaced weight',
+      lora_magnitude_vector: 'DoRA of PEFT',
+      oft_diag: 'OFT of another form',
+      boft_R: 'OFT of another form',
+      'bm1.weight': 'GLoRA with a core',
+      ia3_l: 'IA3',
+      bias_values: 'sparse bias',
+      'lora_A.bias': 'bias of a down projection',
     };
     for (const [ending, kind] of Object.entries(kinds)) {
       const key = `${flat(LINEAR)}.${ending}`;
       const error = await failure([...pair(LINEAR, [4, 320], [320, 4]), tensor(key, [4, 4])]);
       expect(error.code).toBe('ERR_LORA_UNSUPPORTED');
-      expect(error.message).toContain(`holds ${key}, a ${kind} adapter of ${LINEAR}`);
+      expect(error.message).toContain(`holds ${key} for ${LINEAR}, of the kind ${kind}`);
       expect(error.details).toMatchObject({ key, kind, layer: LINEAR });
     }
-    const norm = `${flat('input_blocks.1.1.norm')}.w_norm`;
-    expect((await failure([tensor(norm, [320])])).code).toBe('ERR_LORA_UNSUPPORTED');
-    const bias = await failure([tensor('diffusion_model.out.2.bias.diff', [4])]);
+    const norm = await failure([tensor(`${flat('input_blocks.1.1.norm')}.lora_up.weight`, [320, 4])]);
+    expect(norm.code).toBe('ERR_LORA_UNSUPPORTED');
+    expect(norm.message).toContain('applied to biases and norms are: full difference, replaced tensor');
+    const bias = await failure([tensor('diffusion_model.out.2.bias.hada_w1_a', [4, 4])]);
     expect(bias.message).toContain(
-      'holds diffusion_model.out.2.bias.diff, a full difference adapter of out.2.bias',
+      'holds diffusion_model.out.2.bias.hada_w1_a for out.2.bias, of the kind LoHa',
     );
   });
 

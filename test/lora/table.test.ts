@@ -3,16 +3,16 @@ import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import type { PlacedAdapter } from '../../src/lora/pool.ts';
 import { loraTable, type StackEntry } from '../../src/lora/table.ts';
+import type { LayerInput } from '../../src/unet/draft.ts';
 
 const SEED = 0x7ab1e;
 const SLOTS = 5;
-/** Rows per image by slot; slot 4 does not run. */
-const ROWS: ReadonlyMap<number, number> = new Map([
-  [0, 64],
-  [1, 16],
-  [2, 1],
-  [3, 77],
-]);
+/** Slots 0 and 3 read one tensor; slot 4 does not run. */
+const INPUTS: readonly LayerInput[] = [
+  { slots: [0, 3], rows: 64 },
+  { slots: [1], rows: 16 },
+  { slots: [2], rows: 1 },
+];
 
 /** An adapter with this many blocks per slot; offsets are its own, so that a mix-up shows. */
 function adapter(start: number, blocks: ReadonlyMap<number, number>, scale = 0.5): PlacedAdapter {
@@ -29,7 +29,7 @@ function adapter(start: number, blocks: ReadonlyMap<number, number>, scale = 0.5
         },
       ] as const,
   );
-  return { layers: new Map(layers), sizeBytes: 0 };
+  return { digest: '', layers: new Map(layers), patches: new Map(), sizeBytes: 0 };
 }
 
 interface Block {
@@ -41,9 +41,15 @@ interface Block {
 }
 
 /** The blocks of one image at one slot. */
-function blocksOf(words: Uint32Array, slot: number, image: number, images: number): readonly Block[] {
+const blocksOf = (words: Uint32Array, slot: number, image: number, images: number): readonly Block[] =>
+  listOf(words, (slot * images + image) * 4);
+
+/** The blocks of one image at all slots that read what this one reads first. */
+const sharedOf = (words: Uint32Array, slot: number, image: number, images: number): readonly Block[] =>
+  listOf(words, (slot * images + image) * 4 + 2);
+
+function listOf(words: Uint32Array, head: number): readonly Block[] {
   const floats = new Float32Array(words.buffer);
-  const head = (slot * images + image) * 4;
   const [first = 0, count = 0] = words.subarray(head, head + 2);
   return Array.from({ length: count }, (_, i) => {
     const at = (first + i) * 4;
@@ -77,7 +83,7 @@ describe('the table of a batch', () => {
       [],
       [{ adapter: two, strength: 3 }],
     ];
-    const table = loraTable(stacks, SLOTS, ROWS)!;
+    const table = loraTable(stacks, SLOTS, INPUTS)!;
     const strip = (slot: number, image: number) =>
       blocksOf(table.words, slot, image, 3).map(({ down, up, scale }) => [down, up, scale]);
     expect(strip(0, 0)).toEqual([
@@ -103,15 +109,25 @@ describe('the table of a batch', () => {
         [3, 2],
       ]),
     );
-    // Slot 0: seven blocks of 64 rows; slot 3: two of 77.
-    expect(table.scratchBytes).toBe(7 * 64 * 8 * 4);
+    // Slots 0 and 3 share one list: seven blocks and two, of 64 rows.
+    expect(table.scratchBytes).toBe(9 * 64 * 8 * 4);
+    expect(sharedOf(table.words, 0, 0, 3).map(({ down, t }) => [down, t])).toEqual([
+      [1000, 0],
+      [2000, 1],
+      [2002, 2],
+      [2004, 3],
+      [1300, 4],
+      [1302, 5],
+    ]);
+    expect(sharedOf(table.words, 0, 1, 3)).toEqual([]);
+    expect(sharedOf(table.words, 0, 2, 3).map(({ t }) => t)).toEqual([6, 7, 8]);
   });
 
   test('is left out where nothing is to be applied', () => {
-    expect(loraTable([[], []], SLOTS, ROWS)).toBeUndefined();
-    expect(loraTable([[{ adapter: one, strength: 0 }], []], SLOTS, ROWS)).toBeUndefined();
+    expect(loraTable([[], []], SLOTS, INPUTS)).toBeUndefined();
+    expect(loraTable([[{ adapter: one, strength: 0 }], []], SLOTS, INPUTS)).toBeUndefined();
     expect(
-      loraTable([[{ adapter: adapter(0, new Map([[4, 2]])), strength: 1 }]], SLOTS, ROWS),
+      loraTable([[{ adapter: adapter(0, new Map([[4, 2]])), strength: 1 }]], SLOTS, INPUTS),
     ).toBeUndefined();
   });
 
@@ -124,12 +140,12 @@ describe('the table of a batch', () => {
         ],
       ],
       SLOTS,
-      ROWS,
+      INPUTS,
     );
-    expect(with0).toEqual(loraTable([[{ adapter: one, strength: 1 }]], SLOTS, ROWS));
+    expect(with0).toEqual(loraTable([[{ adapter: one, strength: 1 }]], SLOTS, INPUTS));
   });
 
-  test('holds every block once and gives no two blocks of a slot the same part of T, whatever the stacks', () => {
+  test('holds every block once and gives no two blocks of an input the same part of T, whatever the stacks', () => {
     const blockMap = fc
       .dictionary(fc.constantFrom('0', '1', '2', '3', '4'), fc.integer({ min: 1, max: 4 }))
       .map((blocks) => new Map(Object.entries(blocks).map(([slot, count]) => [Number(slot), count])));
@@ -146,30 +162,38 @@ describe('the table of a batch', () => {
     );
     fc.assert(
       fc.property(stacks, (given) => {
-        const table = loraTable(given, SLOTS, ROWS);
+        const table = loraTable(given, SLOTS, INPUTS);
         let most = 0;
         let all = 0;
         for (let slot = 0; slot < SLOTS; slot++) {
-          const parts: number[] = [];
-          let longest = 0;
-          given.forEach((stack, image) => {
-            const expected = ROWS.has(slot)
-              ? stack
-                  .filter(({ strength }) => strength !== 0)
-                  .flatMap(({ adapter: { layers }, strength }) => {
-                    const layer = layers.get(slot);
-                    return (layer?.blocks ?? []).map((b) => ({ ...b, scale: strength * layer!.scale }));
-                  })
-              : [];
+          const runs = INPUTS.some(({ slots }) => slots.includes(slot));
+          const lists = given.map((stack, image) => {
+            const expected = stack
+              .filter(({ strength }) => runs && strength !== 0)
+              .flatMap(({ adapter: { layers }, strength }) => {
+                const layer = layers.get(slot);
+                return (layer?.blocks ?? []).map((b) => ({ ...b, scale: strength * layer!.scale }));
+              });
             const found = table ? blocksOf(table.words, slot, image, given.length) : [];
             expect(found.map(({ down, up, scale }) => ({ down, up, scale }))).toEqual(expected);
-            parts.push(...found.map(({ t }) => t));
-            longest = Math.max(longest, found.length);
+            return found;
+          });
+          expect(table?.blocks.get(slot) ?? 0).toBe(Math.max(...lists.map(({ length }) => length)));
+        }
+        for (const { slots, rows } of INPUTS) {
+          const shared = given.map((_, image) =>
+            table ? sharedOf(table.words, slots[0]!, image, given.length) : [],
+          );
+          shared.forEach((list, image) => {
+            const each = slots.flatMap((slot) =>
+              table ? blocksOf(table.words, slot, image, given.length) : [],
+            );
+            expect(list).toEqual(each);
           });
           // Parts of T are dense from 0, in the order of the images.
+          const parts = shared.flat().map(({ t }) => t);
           expect(parts).toEqual(parts.map((_, i) => i));
-          expect(table?.blocks.get(slot) ?? 0).toBe(longest);
-          most = Math.max(most, parts.length * (ROWS.get(slot) ?? 0) * 8 * 4);
+          most = Math.max(most, parts.length * rows * 8 * 4);
           all += parts.length;
         }
         expect(table?.scratchBytes ?? 0).toBe(most);

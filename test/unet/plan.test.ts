@@ -7,6 +7,7 @@ import { Arena } from '../../src/gpu/arena.ts';
 import { Device, Usage } from '../../src/gpu/device.ts';
 import type { Operand, Resident } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
+import { dispatchesOf } from '../../src/gpu/spec.ts';
 import { detectUNet } from '../../src/unet/detect.ts';
 import type { WeightSource } from '../../src/unet/draft.ts';
 import { layersOf, partsOf } from '../../src/unet/layers.ts';
@@ -81,9 +82,7 @@ function planOf(model: Model, size: number, images: number): UNetPlan {
 
 /** Most bytes that any operand of the plan binds. */
 function largestBinding({ spec }: UNetPlan): number {
-  const dispatches = spec.steps.flatMap((step) =>
-    step.kind === 'always' ? [step.dispatch] : [...step.base, step.down, ...step.main],
-  );
+  const dispatches = spec.steps.flatMap(dispatchesOf);
   return Math.max(
     ...dispatches.flatMap(({ operands }) => Object.values(operands).map(({ sizeBytes }) => sizeBytes)),
   );
@@ -117,7 +116,7 @@ describe('full-size plans (null)', () => {
       for (const blocks of [0, 3])
         await device.guarded(`${model} with ${blocks} blocks`, () => {
           const encoder = device.gpu.createCommandEncoder();
-          recorded.encode(encoder, () => blocks);
+          recorded.encode(encoder, { blocks: () => blocks });
           device.gpu.queue.submit([encoder.finish()]);
         });
       await device.settle(() => device.gpu.queue.onSubmittedWorkDone());

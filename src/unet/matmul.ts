@@ -1,0 +1,65 @@
+/**
+ * Layers as matmuls: weights that exceed a binding are split, and layers that read one tensor become one step with their
+ * low-rank form. Builds dispatches from arguments; allocates no tensors and knows no layer by name.
+ */
+import { type Capabilities, ceilDiv, type Operand, type Storage, storageBytes } from '../gpu/kernel.ts';
+import type { Step } from '../gpu/plan.ts';
+import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf, PANEL } from '../kernels/gemm.ts';
+
+/** A packed weight matrix: [panels][k][32] in the storage dtype, and its layer's LoRA slot. */
+export interface Matrix {
+  readonly slot: number;
+  readonly inFeatures: number;
+  readonly outFeatures: number;
+  readonly kernel: number;
+  /** The bytes `offset .. offset + sizeBytes` of the packed matrix. */
+  readonly range: (offset: number, sizeBytes: number) => Operand;
+}
+
+/** A layer as one matmul, or as several where a binding cannot hold its weights. */
+export interface Matmul {
+  readonly slot: number;
+  readonly parts: readonly GemmArgs[];
+}
+
+export function matmulOf(
+  matrix: Matrix,
+  args: Omit<GemmArgs, 'w'>,
+  storage: Storage,
+  { maxBindingBytes }: Capabilities,
+): Matmul {
+  const panelBytes = matrix.kernel ** 2 * args.channels * PANEL * storageBytes(storage);
+  const panels = ceilDiv(matrix.outFeatures, PANEL);
+  const most = Math.max(1, Math.floor(maxBindingBytes / panelBytes));
+  const parts: GemmArgs[] = [];
+  for (let panel0 = 0; panel0 < panels; panel0 += most) {
+    const count = Math.min(most, panels - panel0);
+    const w = matrix.range(panel0 * panelBytes, count * panelBytes);
+    parts.push({ ...args, w, panel0, panels: count });
+  }
+  return { slot: matrix.slot, parts };
+}
+
+/** The steps of layers that read one tensor: one down projection makes the low-rank terms of them all. */
+export function stepsOf(
+  layers: readonly [Matmul, ...Matmul[]],
+  capabilities: Capabilities,
+  lora: ((slot: number) => LoraOperands) | undefined,
+): readonly Step[] {
+  const gemms = ({ parts }: Matmul, terms?: LoraOperands) =>
+    parts.map((part) => gemmOf(part, capabilities, terms));
+  if (!lora)
+    return layers.flatMap((layer) => gemms(layer).map((dispatch) => ({ kind: 'always', dispatch }) as const));
+  const [first] = layers;
+  return [
+    {
+      kind: 'slots',
+      down: loraDownOf(first.parts[0]!, capabilities, lora(first.slot)),
+      slots: layers.map((layer) => ({
+        slot: layer.slot,
+        base: gemms(layer),
+        main: gemms(layer, lora(layer.slot)),
+      })),
+    },
+  ];
+}
