@@ -591,7 +591,7 @@ def test_a_request_that_ends_the_engine_each_time_is_an_error_in_the_end(
     # The stand-in engine kills itself at this number.
     context = torch.full((1, 1, 768), 6661.0)
     x = torch.zeros(1, 4, 2, 2)
-    with pytest.raises(RequestFailed, match="ended twice") as caught:
+    with pytest.raises(RequestFailed, match="ended 2 times") as caught:
         client.forward(MODEL, [], x, torch.zeros(1), context, None, None, WAIT)
     assert caught.value.code == "ERR_ENGINE_DOWN"
     assert server.requests("forward") == {"ERR_ENGINE_DOWN": 2}

@@ -111,7 +111,7 @@ def test_validation_knows_the_models_of_the_server_that_the_node_names(far: Serv
 def test_latents_of_the_server_are_those_of_the_local_model_with_and_without_a_lora(
     far: Server, weights: dict[str, torch.Tensor], loader: Any, model: str
 ) -> None:
-    (remote,) = loader().load(model, far.url)
+    remote, *_ = loader().load(model, far.url)
     local = local_model(weights)
     base = sampled(local)
     for strength in (0.0, 0.8, -0.5):
@@ -125,7 +125,7 @@ def test_latents_of_the_server_are_those_of_the_local_model_with_and_without_a_l
 def test_every_kind_of_adapter_is_applied_by_the_server_as_by_comfyui(
     far: Server, weights: dict[str, torch.Tensor], kind: str
 ) -> None:
-    (remote,) = UnetdLoadCheckpoint().load(MODEL, far.url, dtype="f32")
+    remote, *_ = UnetdLoadCheckpoint().load(MODEL, far.url, dtype="f32")
     local = local_model(weights)
     for strength in (1.0, -0.6):
         expected = sampled(with_lora(local, file_of(kind), strength), steps=1)
@@ -154,7 +154,7 @@ def test_loading_shows_progress_and_is_interrupted_by_the_user(far: Server) -> N
 
 
 def test_f16_on_the_server_makes_requests_f16(far: Server, weights: dict[str, torch.Tensor]) -> None:
-    (remote,) = UnetdLoadCheckpoint().load(MODEL, far.url, dtype="f16")
+    remote, *_ = UnetdLoadCheckpoint().load(MODEL, far.url, dtype="f16")
     assert remote.model_dtype() == torch.float16
     expected = sampled(local_model(weights))
     assert float((sampled(remote) - expected).abs().max()) <= 2e-2 * float(expected.abs().max())
@@ -178,7 +178,7 @@ def test_local_is_chosen_only_where_asked_for_and_said_aloud(
         with pytest.raises(ServerAway, match=NOWHERE):
             loader().load(MODEL, NOWHERE)
         caplog.clear()
-        (model,) = loader().load(MODEL, NOWHERE, when_away="local")
+        model, *_ = loader().load(MODEL, NOWHERE, when_away="local")
         assert not isinstance(model, RemoteModelPatcher)
         assert f'"{MODEL}" is loaded locally, from {own_folder / MODEL}' in caplog.text
         assert torch.equal(sampled(model), sampled(local_model(weights)))
@@ -192,7 +192,7 @@ def test_a_server_lost_while_sampling_is_an_error_even_with_local(
     serve: Callable[..., Server], far: Server
 ) -> None:
     lost = serve(models=far._models)
-    (remote,) = UnetdLoadCheckpoint().load(MODEL, lost.url, when_away="local")
+    remote, *_ = UnetdLoadCheckpoint().load(MODEL, lost.url, when_away="local")
     lost.kill()
     with pytest.raises(ServerAway):
         sampled(remote)

@@ -1,6 +1,6 @@
 """The nodes: a MODEL whose UNet is on a server, from a checkpoint or a bare UNet, and the state of a server.
 
-Everything between the loader and the sampler stays ComfyUI's; CLIP and VAE come from ComfyUI's own loaders.
+Everything between the loader and the sampler stays ComfyUI's; so do CLIP and VAE.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class _Loader:
 
     CATEGORY = "unetd"
     FUNCTION = "load"
-    RETURN_TYPES = ("MODEL",)
-    OUTPUT_TOOLTIPS = ("Use it like any model. Its UNet stays on the server.",)
+    RETURN_TYPES: tuple[str, ...] = ("MODEL",)
+    OUTPUT_TOOLTIPS: tuple[str, ...] = ("Use it like any model. Its UNet stays on the server.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -107,17 +107,19 @@ class _Loader:
         entry = _listing.of(_settings(server or "")).models.get(model, {})
         return f"{entry.get('version', '')}:{entry.get('sizeBytes', '')}"
 
-    def load(self, model: str, server: str = "", when_away: str = "error", dtype: str = "auto") -> tuple[Any]:
+    def load(
+        self, model: str, server: str = "", when_away: str = "error", dtype: str = "auto"
+    ) -> tuple[Any, ...]:
         settings = _settings(server)
         client = Client.shared(settings.urls, settings.token)
         away: Literal["error", "wait"] = "wait" if when_away == "wait" else "error"
         remote = skeleton.Remote(client, model, Patience(away, _poll))
         try:
-            return (self._load_remote(remote, dtype),)
+            return (self._load_remote(remote, dtype), *self._beside(model))
         except ServerAway as error:
             if when_away != "local":
                 raise
-            return (self._load_locally(model, dtype, error),)
+            return self._load_locally(model, dtype, error)
 
     def _load_remote(self, remote: skeleton.Remote, dtype: str) -> RemoteModelPatcher:
         client, model, patience = remote.client, remote.model, remote.patience
@@ -134,7 +136,7 @@ class _Loader:
             comfy.model_management.unet_offload_device(),
         )
 
-    def _load_locally(self, model: str, dtype: str, away: ServerAway) -> Any:
+    def _load_locally(self, model: str, dtype: str, away: ServerAway) -> tuple[Any, ...]:
         path = folder_paths.get_full_path(self.FOLDER, model)
         if path is None:
             folders = ", ".join(folder_paths.get_folder_paths(self.FOLDER))
@@ -146,23 +148,44 @@ class _Loader:
         options = {} if dtype == "auto" else {"dtype": skeleton.WIRE_DTYPES[dtype]}
         return self._local(path, options)
 
-    def _local(self, path: str, options: dict[str, torch.dtype]) -> Any:
+    def _local(self, path: str, options: dict[str, torch.dtype]) -> tuple[Any, ...]:
+        """All outputs by ComfyUI's own loader."""
         raise NotImplementedError
+
+    def _beside(self, model: str) -> tuple[Any, ...]:
+        """The outputs after MODEL, which are ComfyUI's own."""
+        return ()
 
 
 class UnetdLoadCheckpoint(_Loader):
-    """As "Load Checkpoint", but only its MODEL, from a server."""
+    """As "Load Checkpoint": MODEL from a server, CLIP and VAE from ComfyUI's own copy of the file."""
 
     DESCRIPTION = (
-        "The UNet of a checkpoint, run by an unetd server. Take CLIP and VAE from ComfyUI's own loaders."
+        "A checkpoint whose UNet is run by an unetd server. CLIP and VAE are read from the file of the same "
+        'name in ComfyUI\'s own checkpoints folder; where there is none, use "Load CLIP" and "Load VAE".'
+    )
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    OUTPUT_TOOLTIPS = (
+        *_Loader.OUTPUT_TOOLTIPS,
+        "From the local file of the same name; nothing without it.",
+        "From the local file of the same name; nothing without it.",
     )
     FOLDER = "checkpoints"
     AS_CHECKPOINT = True
 
-    def _local(self, path: str, options: dict[str, torch.dtype]) -> Any:
-        return comfy.sd.load_checkpoint_guess_config(
-            path, output_vae=False, output_clip=False, model_options=options
-        )[0]
+    def _local(self, path: str, options: dict[str, torch.dtype]) -> tuple[Any, ...]:
+        return _checkpoint(path, model_options=options)
+
+    def _beside(self, model: str) -> tuple[Any, ...]:
+        path = folder_paths.get_full_path(self.FOLDER, model)
+        if path is not None:
+            return _checkpoint(path, output_model=False)[1:]
+        logger.info(
+            'ComfyUI\'s own checkpoints folder has no "%s", so this loader gives no CLIP and VAE; '
+            'use "Load CLIP" and "Load VAE"',
+            model,
+        )
+        return (None, None)
 
 
 class UnetdLoadDiffusionModel(_Loader):
@@ -172,8 +195,8 @@ class UnetdLoadDiffusionModel(_Loader):
     FOLDER = "diffusion_models"
     AS_CHECKPOINT = False
 
-    def _local(self, path: str, options: dict[str, torch.dtype]) -> Any:
-        return comfy.sd.load_diffusion_model(path, model_options=options)
+    def _local(self, path: str, options: dict[str, torch.dtype]) -> tuple[Any, ...]:
+        return (comfy.sd.load_diffusion_model(path, model_options=options),)
 
 
 class UnetdServerStatus:
@@ -201,6 +224,13 @@ class UnetdServerStatus:
             instance = comfyui.PromptServer.instance
             instance.send_progress_text(text, node_id, instance.client_id)
         return {"ui": {"text": [text]}, "result": (text,)}
+
+
+def _checkpoint(path: str, **options: Any) -> tuple[Any, ...]:
+    """MODEL, CLIP and VAE of a checkpoint, as "Load Checkpoint" reads them; None where not asked for."""
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    parts = comfy.sd.load_checkpoint_guess_config(path, embedding_directory=embeddings, **options)
+    return tuple(parts[:3])
 
 
 def _model_names() -> list[str]:

@@ -47,6 +47,21 @@ function mask({ workflow }: Stage): Ref {
   return workflow.add('MaskComposite', { destination, source, x: 40, y: 24, operation: 'add' })(0);
 }
 
+/** Real prompts, with a LoRA on the UNet and on the text encoder. */
+function withText(stage: Stage, clip: Ref): void {
+  const { workflow } = stage;
+  const loader = workflow.add('LoraLoader', {
+    model: stage.model,
+    clip,
+    lora_name: 'sd15-style-and-text.safetensors',
+    strength_model: 0.7,
+    strength_clip: 0.9,
+  });
+  stage.model = loader(0);
+  stage.positive = workflow.add('CLIPTextEncode', { clip: loader(1), text: 'a quiet harbour' })(0);
+  stage.negative = workflow.add('CLIPTextEncode', { clip: loader(1), text: 'blurry' })(0);
+}
+
 const SAMPLERS: readonly Partial<Sampling>[] = [
   { sampler_name: 'euler', cfg: 7 },
   { sampler_name: 'euler', cfg: 1 },
@@ -136,22 +151,15 @@ export const CASES: readonly Case[] = [
     model: 'sd15',
     unlike: PLAIN,
     change: (stage) => {
-      const { workflow } = stage;
-      const clip = workflow.add('CLIPLoader', {
-        clip_name: 'clip_l.safetensors',
-        type: 'stable_diffusion',
-      })(0);
-      const loader = workflow.add('LoraLoader', {
-        model: stage.model,
-        clip,
-        lora_name: 'sd15-style-and-text.safetensors',
-        strength_model: 0.7,
-        strength_clip: 0.9,
-      });
-      stage.model = loader(0);
-      stage.positive = workflow.add('CLIPTextEncode', { clip: loader(1), text: 'a quiet harbour' })(0);
-      stage.negative = workflow.add('CLIPTextEncode', { clip: loader(1), text: 'blurry' })(0);
+      const inputs = { clip_name: 'clip_l.safetensors', type: 'stable_diffusion' };
+      withText(stage, stage.workflow.add('CLIPLoader', inputs)(0));
     },
+  },
+  {
+    name: 'sd15, CLIP of the checkpoint, LoRA on both',
+    model: 'sd15-text',
+    unlike: PLAIN,
+    change: (stage) => withText(stage, [stage.model[0], 1]),
   },
   {
     name: 'sd15, ControlNet',

@@ -28,7 +28,7 @@ import comfy.t2i_adapter.adapter  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
 import comfy_unet  # noqa: E402
 import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 ROOT = comfy_unet.ROOT / ".cache/comfyui/models"
 Tensors = dict[str, torch.Tensor]
@@ -131,7 +131,13 @@ def clip() -> None:
     meta = torch.device("meta")
     model = comfy.clip_model.CLIPTextModel(config, torch.float32, meta, comfy.ops.disable_weight_init)
     names = {k: v for k, v in model.state_dict().items() if k.startswith("text_model.")}
-    write("text_encoders/clip_l.safetensors", generated(names))
+    values = generated(names)
+    write("text_encoders/clip_l.safetensors", values)
+    unet = load_file(ROOT / "checkpoints/sd15.safetensors")
+    write(
+        "checkpoints/sd15-text.safetensors",
+        {**unet, **{f"cond_stage_model.transformer.{name}": value for name, value in values.items()}},
+    )
 
 
 def controlnet() -> None:

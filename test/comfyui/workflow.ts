@@ -34,19 +34,27 @@ export interface Family {
 const SD15: Family = { width: 768, pooled: 0, vae: 'taesd' };
 const SDXL: Family = { width: 2048, pooled: 1280, vae: 'taesdxl' };
 
-export type ModelName = 'sd15-one-level' | 'sd15' | 'sd15-unet' | 'sd15-inpaint' | 'sd15-full' | 'sdxl';
+export type ModelName =
+  | 'sd15-one-level'
+  | 'sd15'
+  | 'sd15-text'
+  | 'sd15-unet'
+  | 'sd15-inpaint'
+  | 'sd15-full'
+  | 'sdxl';
 
 /** The files of models.py. */
 export const FAMILIES: Readonly<Record<ModelName, Family>> = {
   'sd15-one-level': SD15,
   sd15: SD15,
+  'sd15-text': SD15,
   'sd15-unet': SD15,
   'sd15-inpaint': SD15,
   'sd15-full': SD15,
   sdxl: SDXL,
 };
 
-/** Adds the node that loads a model and gives its MODEL. */
+/** Adds the node that loads a model and gives its MODEL; a checkpoint's CLIP is the output after it. */
 export type Loader = (workflow: Workflow, model: ModelName) => Ref;
 
 const bare = (model: ModelName): boolean => model === 'sd15-unet';

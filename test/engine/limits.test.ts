@@ -275,7 +275,10 @@ describe('a LoRA file that is replaced (software)', () => {
     await engine.loadAdapter(sourceOf(folder, 'subject'), 'model');
     rmSync(mine.path);
     const error = await failureOf(engine.forward({ model: 'model', requests: [with1('mine')] }));
-    expect(error).toMatchObject({ code: 'ERR_SAFETENSORS', message: expect.stringContaining('ENOENT') });
+    expect(error).toMatchObject({
+      code: 'ERR_UNKNOWN_LORA',
+      message: 'The file of LoRA "mine" has gone since it was loaded; load it again',
+    });
     expect(await run(engine, 'model', [with1('subject')])).toEqual(expectedSingle.get('subject'));
     // Back again, as it was: nothing needs to be loaded anew.
     loraFile(folder, fixture, 'style', 'mine');
