@@ -38,6 +38,7 @@ async function runServe(settings: Settings): Promise<void> {
     log: (line) => log.warn(line),
     // What drivers print; the last words of an engine that dies are in the error anyway.
     output: (line) => log.debug({ from: 'engine' }, line),
+    ...(settings.hangSeconds === 0 ? {} : { hangMs: settings.hangSeconds * 1000 }),
     ...(settings.engineModule === undefined ? {} : { module: settings.engineModule }),
   });
   let server: RunningServer;

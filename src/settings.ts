@@ -29,6 +29,8 @@ export interface Settings {
   readonly allowOrigin?: readonly string[];
   readonly adapter?: string;
   readonly drainSeconds: number;
+  /** 0 for what suits the adapter. */
+  readonly hangSeconds: number;
   readonly logLevel: LogLevel;
   /** File URL of another engine, for tests of everything above it. */
   readonly engineModule?: string;
@@ -109,6 +111,12 @@ export function serveOptions(): readonly Option[] {
       'how long an ending server works on open requests',
       count(0, 86_400),
       DEFAULTS.drainMs / 1000,
+    ),
+    numbers(
+      '--hang-seconds <seconds>',
+      'how long the GPU may take over a forward at most before the engine is restarted, 0 for what suits it',
+      count(0, 86_400),
+      0,
     ),
     new Option('--log-level <level>', 'what to log').choices(LOG_LEVELS).default('info'),
   ];

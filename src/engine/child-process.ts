@@ -71,7 +71,9 @@ export class Child {
 
   /** Rejects with the engine's own error where it could not be made, ERR_ENGINE_DOWN where the process ended before that. */
   static async start({ engine, module, output, startMs = START_MS }: ChildOptions): Promise<Child> {
+    const { UNETD_TOKEN: _secret, ...env } = process.env;
     const child = fork(new URL(`./child${extension()}`, import.meta.url), [module ?? ownEngine()], {
+      env,
       serialization: 'advanced',
       execArgv: extension() === '.ts' ? ['--import', tsx()] : [],
       stdio: ['ignore', 'pipe', 'pipe', 'ipc'],

@@ -22,6 +22,8 @@ export interface LibraryOptions {
 export class Library {
   readonly uploads: Uploads;
   readonly #folders: Folders;
+  /** Searches of the folders that are under way: whoever asks meanwhile gets the same answer. */
+  readonly #listing = new Map<FileKind, Promise<readonly FoundFile[]>>();
 
   private constructor(folders: Folders, uploads: Uploads) {
     this.#folders = folders;
@@ -36,7 +38,11 @@ export class Library {
 
   /** The files in the folders; uploads are not listed. */
   list(kind: FileKind): Promise<readonly FoundFile[]> {
-    return listFiles(this.#folders, kind);
+    const running = this.#listing.get(kind);
+    if (running !== undefined) return running;
+    const listing = listFiles(this.#folders, kind).finally(() => this.#listing.delete(kind));
+    this.#listing.set(kind, listing);
+    return listing;
   }
 
   /** The file of a name or `sha256:HEX`. ERR_UNKNOWN_MODEL, ERR_UNKNOWN_LORA, ERR_BAD_REQUEST. */

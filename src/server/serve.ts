@@ -5,6 +5,7 @@
 import { readFileSync } from 'node:fs';
 import { createServer, type Server } from 'node:http';
 import type { AddressInfo } from 'node:net';
+import { totalmem } from 'node:os';
 import type { EngineApi, EngineHealth } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
 import { type Clock, SYSTEM_CLOCK } from './clock.ts';
@@ -42,6 +43,8 @@ export interface ServeOptions {
   readonly uploadQuotaBytes?: number;
   readonly pingMs?: number;
   readonly highWaterBytes?: number;
+  /** Memory of this process for the requests of all connections, and as much again for what they keep; an eighth of the machine's. */
+  readonly memoryBytes?: number;
   /** How long `drain` waits for open requests before it closes anyway. */
   readonly drainMs?: number;
   readonly clock?: Clock;
@@ -72,6 +75,14 @@ export const DEFAULTS = {
   drainMs: 120_000,
 } as const;
 const CLOSE_GRACE_MS = 2000;
+const SPARE_CONNECTIONS = 64;
+/** Of a plain HTTP request; an upgraded connection has limits of its own. */
+const HTTP_LIMITS = {
+  maxHeaderSize: 16_384,
+  headersTimeout: 10_000,
+  requestTimeout: 20_000,
+  connectionsCheckingInterval: 5000,
+} as const;
 
 /** Listens and resolves when clients can connect. ERR_BAD_REQUEST where the options cannot work. */
 export async function serve(options: ServeOptions): Promise<RunningServer> {
@@ -79,9 +90,11 @@ export async function serve(options: ServeOptions): Promise<RunningServer> {
   checkListen(guard.host, guard.token);
   const clock = options.clock ?? SYSTEM_CLOCK;
   const { library, scheduler, sockets, http: context, state } = await assemble(options, guard, clock);
-  const http = createServer((request, response) => {
+  const http = createServer(HTTP_LIMITS, (request, response) => {
     void answerHttp(context, request, response);
   });
+  // Some places are left for probes, and to refuse WebSockets with a reason.
+  http.maxConnections = (options.maxConnections ?? DEFAULTS.maxConnections) + SPARE_CONNECTIONS;
   http.on('upgrade', (request, stream, head) => sockets.upgrade(request, stream, head));
   const port = await listen(http, guard.host, options.port ?? DEFAULTS.port).catch(async (error: unknown) => {
     await library.close();
@@ -165,6 +178,7 @@ async function assemble(options: ServeOptions, guard: GuardOptions, clock: Clock
     maxConnections,
     pingMs,
     highWaterBytes,
+    memoryBytes: options.memoryBytes ?? totalmem() / 8,
     log,
   });
   const metricsText = async (): Promise<string> => metrics.text(await stats());

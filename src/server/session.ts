@@ -4,8 +4,9 @@
  */
 import { type ErrorCode, UnetdError } from '../errors.ts';
 import type { TensorView } from '../safetensors.ts';
+import { LENGTH_BYTES } from '../safetensors-header.ts';
 import { describe } from './fields.ts';
-import { KeptTensors } from './kept.ts';
+import { type KeptSpace, KeptTensors } from './kept.ts';
 import { HANDLERS, type Reply, type Services } from './operations.ts';
 import { OPERATIONS, type Operation, type WireError } from './protocol.ts';
 import { decodeFrame, encodeBinary, encodeText, idOf, type JsonObject, type Message } from './wire.ts';
@@ -20,29 +21,30 @@ export interface SessionLimits {
 /** Progress events closer together than this are left out, but for the last of a stage. */
 const PROGRESS_MS = 50;
 const MAX_ID = 256;
+const MAX_TEXT_BYTES = 1024 * 1024;
+/** About 30,000 tensors, as many as an upload may have. */
+const MAX_HEADER_BYTES = 4 * 1024 * 1024;
 /** Errors that no client causes: worth a line in the log at any level. */
 const DEFECTS: ReadonlySet<ErrorCode> = new Set(['ERR_INTERNAL', 'ERR_GPU', 'ERR_ENGINE_DOWN']);
 const NO_TENSORS: ReadonlyMap<string, TensorView> = new Map();
+
+/** Sends a frame, and says when it has left or never will. */
+type Send = (frame: string | Uint8Array, left?: () => void) => void;
 
 export class Session {
   readonly owner: string;
   readonly kept: KeptTensors;
   readonly #services: Services;
   readonly #limits: SessionLimits;
-  readonly #send: (frame: string | Uint8Array) => void;
+  readonly #send: Send;
   /** Id -> how to cancel the request. */
   readonly #open = new Map<string, AbortController>();
   #closed = false;
   #whenIdle: (() => void)[] = [];
 
-  constructor(
-    owner: string,
-    services: Services,
-    limits: SessionLimits,
-    send: (frame: string | Uint8Array) => void,
-  ) {
+  constructor(owner: string, services: Services, limits: SessionLimits, keptSpace: KeptSpace, send: Send) {
     this.owner = owner;
-    this.kept = new KeptTensors(limits.maxKeptBytes);
+    this.kept = new KeptTensors(limits.maxKeptBytes, keptSpace);
     this.#services = services;
     this.#limits = limits;
     this.#send = send;
@@ -52,8 +54,11 @@ export class Session {
     return this.#open.size;
   }
 
-  /** Takes one frame, a string for a text frame. Never throws: what is wrong with it is answered. */
-  receive(frame: string | Uint8Array): void {
+  /**
+   * Takes one frame, a string for a text frame. Never throws: what is wrong with it is answered. `done` is called when the answer
+   * has left or never will: then nothing of the frame is needed any more.
+   */
+  receive(frame: string | Uint8Array, done: () => void = () => {}): void {
     let message: Message;
     let id: string | null = null;
     let op: Operation;
@@ -65,11 +70,11 @@ export class Session {
     } catch (error) {
       const fault = UnetdError.from(error);
       // A frame of the wrong kind is no request, whatever id it carries.
-      this.#fail(fault.code === 'ERR_BAD_FRAME' ? null : id, fault, 'unknown');
+      this.#fail(fault.code === 'ERR_BAD_FRAME' ? null : id, fault, 'unknown', done);
       return;
     }
     this.#services.log.debug({ owner: this.owner, id, op, ...subjectOf(message) }, 'request');
-    void this.#serve(id, op, message);
+    void this.#serve(id, op, message, done);
   }
 
   /** Cancels all open requests; nothing is sent any more. */
@@ -87,15 +92,17 @@ export class Session {
     return new Promise((resolve) => this.#whenIdle.push(resolve));
   }
 
+  /** Limits come first: what JSON takes in time and memory is many times its length. */
   #decode(frame: string | Uint8Array): Message {
-    const bytes = typeof frame === 'string' ? Buffer.byteLength(frame) : frame.byteLength;
     const { maxMessageBytes } = this.#limits;
-    if (bytes > maxMessageBytes) {
-      throw new UnetdError(
-        'ERR_TOO_LARGE',
-        `The frame has ${bytes} bytes, at most ${maxMessageBytes} are taken; send fewer images, or a file in parts.`,
-        { bytes, limit: maxMessageBytes },
-      );
+    if (typeof frame === 'string') {
+      const limit = Math.min(MAX_TEXT_BYTES, maxMessageBytes);
+      atMost(Buffer.byteLength(frame), limit, 'A text frame', 'send tensors in a binary frame');
+    } else {
+      const cure = 'send fewer images, or a file in parts';
+      atMost(frame.byteLength, maxMessageBytes, 'A frame', cure);
+      const header = statedHeaderBytes(frame);
+      atMost(header, MAX_HEADER_BYTES, 'The header of a frame', 'send fewer tensors at once');
     }
     return decodeFrame(frame, 'req');
   }
@@ -134,7 +141,7 @@ export class Session {
     );
   }
 
-  async #serve(id: string, op: Operation, { header, tensors }: Message): Promise<void> {
+  async #serve(id: string, op: Operation, { header, tensors }: Message, done: () => void): Promise<void> {
     const controller = new AbortController();
     this.#open.set(id, controller);
     const { signal } = controller;
@@ -154,8 +161,8 @@ export class Session {
       outcome = UnetdError.from(error);
     }
     this.#open.delete(id);
-    if (outcome instanceof UnetdError) this.#fail(id, outcome, op);
-    else this.#answer(id, outcome, op);
+    if (outcome instanceof UnetdError) this.#fail(id, outcome, op, done);
+    else this.#answer(id, outcome, op, done);
     if (this.#open.size === 0) for (const resolve of this.#whenIdle.splice(0)) resolve();
   }
 
@@ -175,7 +182,7 @@ export class Session {
     };
   }
 
-  #answer(id: string, reply: Reply, op: Operation): void {
+  #answer(id: string, reply: Reply, op: Operation, done: () => void): void {
     let frame: string | Uint8Array;
     try {
       frame =
@@ -183,21 +190,31 @@ export class Session {
           ? encodeText({ id, ok: true, result: reply.result })
           : encodeBinary({ id, ok: true, ...reply.fields }, reply.tensors, 'res');
     } catch (error) {
-      this.#fail(id, UnetdError.from(error), op);
+      this.#fail(id, UnetdError.from(error), op, done);
       return;
     }
     this.#services.metrics.answered(op, 'ok');
     const timing = 'fields' in reply ? reply.fields.timing : undefined;
     this.#services.log.debug({ owner: this.owner, id, op, ...(timing as object | undefined) }, 'answered');
-    if (!this.#closed) this.#send(frame);
+    this.#finish(frame, done);
   }
 
-  #fail(id: string | null, { code, message, details }: UnetdError, op: Operation | 'unknown'): void {
+  #fail(
+    id: string | null,
+    { code, message, details }: UnetdError,
+    op: Operation | 'unknown',
+    done: () => void,
+  ): void {
     this.#services.metrics.answered(op, code);
     const level = DEFECTS.has(code) ? 'error' : 'debug';
     this.#services.log[level]({ owner: this.owner, id, op, code }, message);
     const error: WireError = { code, message, details };
-    if (!this.#closed) this.#send(encodeText({ id, ok: false, error }));
+    this.#finish(encodeText({ id, ok: false, error }), done);
+  }
+
+  #finish(frame: string | Uint8Array, done: () => void): void {
+    if (this.#closed) done();
+    else this.#send(frame, done);
   }
 }
 
@@ -222,6 +239,22 @@ function operationOf({ header, tensors }: Message, id: string): Operation {
     `"${op}" belongs in a ${wanted} frame, request "${id}" came in a ${kind} frame.`,
     { id },
   );
+}
+
+/** ERR_TOO_LARGE beyond the limit. */
+function atMost(bytes: number, limit: number, what: string, cure: string): void {
+  if (bytes <= limit) return;
+  throw new UnetdError('ERR_TOO_LARGE', `${what} may have ${limit} bytes, this one has ${bytes}; ${cure}.`, {
+    bytes,
+    limit,
+  });
+}
+
+/** What the frame says, or 0 where it cannot: then `decodeFrame` says what is wrong. A lie longer than the frame is its business too. */
+function statedHeaderBytes(frame: Uint8Array): number {
+  if (frame.byteLength < LENGTH_BYTES) return 0;
+  const view = new DataView(frame.buffer, frame.byteOffset, LENGTH_BYTES);
+  return Math.min(frame.byteLength, Number(view.getBigUint64(0, true)));
 }
 
 /** What a line of the log says about a request. */

@@ -1,20 +1,23 @@
 /**
- * Uploaded tensors, spooled part by part into a private temporary folder as safetensors files and addressed by digest. Owns
- * that folder and removes it on close; keeps within a quota by dropping the least recently used files that nobody needs.
+ * Uploaded tensors, spooled part by part into a private folder (`scratch.ts`) as safetensors files and addressed by digest. Removes
+ * that folder on close; keeps within a quota by dropping the least recently used files that nobody needs.
  */
 import { rmSync } from 'node:fs';
-import { type FileHandle, mkdtemp, open, rename, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { type FileHandle, open, rename, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { UnetdError } from '../errors.ts';
 import { SafetensorsFile, type TensorView } from '../safetensors.ts';
 import type { FileKind, FoundFile } from './folders.ts';
+import { openScratch } from './scratch.ts';
 
 export const DIGEST_PREFIX = 'sha256:';
 const DIGEST = /^[0-9a-f]{64}$/;
 /** Room for the header of a file in parts, written last: about 30,000 tensors. The format allows trailing spaces. */
 const HEADER_BYTES = 4 * 1024 * 1024;
 const LENGTH_BYTES = 8;
+/** Files held, however small; unfinished uploads, each an open file, of one connection and of all. */
+const MAX_FILES = 16_384;
+const MAX_UNFINISHED = { owner: 16, all: 256 } as const;
 
 export interface PutPart {
   readonly kind: FileKind;
@@ -58,7 +61,7 @@ export class Uploads {
   }
 
   static async open(quotaBytes: number): Promise<Uploads> {
-    return new Uploads(await mkdtemp(join(tmpdir(), 'unetd-')), quotaBytes);
+    return new Uploads(await openScratch(), quotaBytes);
   }
 
   get usage(): { readonly files: number; readonly bytes: number; readonly quotaBytes: number } {
@@ -67,9 +70,10 @@ export class Uploads {
 
   /** Of finished and unfinished files. */
   get #bytes(): number {
-    const held = [...this.#files.values()].map((file) => file.sizeBytes);
-    const partial = [...this.#partials.values()].map((each) => each.headerBytes + each.bytes);
-    return [...held, ...partial].reduce((sum, bytes) => sum + bytes, 0);
+    let sum = 0;
+    for (const { sizeBytes } of this.#files.values()) sum += sizeBytes;
+    for (const { headerBytes, bytes } of this.#partials.values()) sum += headerBytes + bytes;
+    return sum;
   }
 
   has(kind: FileKind, digest: string): boolean {
@@ -125,6 +129,7 @@ export class Uploads {
         `Part ${put.part} of ${put.digest} came, but no part 0 before it on this connection; begin with part 0.`,
       );
     }
+    this.#refuseTooMany(put.owner);
     const path = join(this.#folder, `part-${this.#nextFile++}`);
     const fresh: Partial = {
       owner: put.owner,
@@ -139,6 +144,16 @@ export class Uploads {
     };
     this.#partials.set(key, fresh);
     return fresh;
+  }
+
+  #refuseTooMany(owner: string): void {
+    const all = this.#partials.size;
+    const own = [...this.#partials.values()].filter((each) => each.owner === owner).length;
+    if (own < MAX_UNFINISHED.owner && all < MAX_UNFINISHED.all) return;
+    throw new UnetdError(
+      'ERR_BUSY',
+      `There are ${own} unfinished uploads of this connection (at most ${MAX_UNFINISHED.owner}), ${all} of all (at most ${MAX_UNFINISHED.all}); finish one first.`,
+    );
   }
 
   async #append(
@@ -212,9 +227,11 @@ export class Uploads {
 
   /** Makes room for more bytes. ERR_TOO_LARGE where what is needed fills the quota. */
   async #reserve(bytes: number, isNeeded: (kind: FileKind, name: string) => boolean): Promise<void> {
+    let over = this.#bytes + bytes - this.quotaBytes;
     for (const [key, file] of this.#files) {
-      if (this.#bytes + bytes <= this.quotaBytes) return;
+      if (over <= 0 && this.#files.size < MAX_FILES) return;
       if (isNeeded(key.startsWith('model/') ? 'model' : 'lora', file.name)) continue;
+      over -= file.sizeBytes;
       this.#files.delete(key);
       await rm(file.path, { force: true });
     }
@@ -228,8 +245,7 @@ export class Uploads {
 
   async #abandon(key: string): Promise<void> {
     const partial = this.#partials.get(key);
-    if (partial === undefined) return;
-    this.#partials.delete(key);
+    if (partial === undefined || !this.#partials.delete(key)) return;
     await partial.handle.then((handle) => handle.close()).catch(() => {});
     await rm(partial.path, { force: true });
   }
@@ -274,7 +290,7 @@ async function digestOf(path: string): Promise<string> {
   }
 }
 
-/** The digest itself. ERR_BAD_REQUEST where it is none. */
+/** ERR_BAD_REQUEST where it is no digest. */
 export function checkDigest(digest: string): string {
   if (DIGEST.test(digest)) return digest;
   throw new UnetdError(

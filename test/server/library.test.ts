@@ -1,10 +1,12 @@
 /** Which files clients can name, what stays out of reach, and uploads. */
+import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, renameSync, rmSync, statSync, symlinkSync, utimesSync } from 'node:fs';
-import { join } from 'node:path';
+import { basename, join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { decode, digest, SafetensorsFile } from '../../src/safetensors.ts';
 import { Library } from '../../src/server/library.ts';
+import { openScratch } from '../../src/server/scratch.ts';
 import { comfyPlace, loraFile, makePlace, modelFile, type Place, tensor } from './setting.ts';
 
 let place: Place;
@@ -226,6 +228,48 @@ describe('uploads', () => {
     await library.close();
     expect(existsSync(path)).toBe(false);
     rmSync(path, { force: true });
+  });
+
+  it('of a server that was killed are removed when the next one starts, and no others', async () => {
+    const parent = makePlace();
+    const host = basename(await openScratch(parent.dir)).replace(/^unetd-uploads-(.+)-\d+-\w{6}$/, '$1');
+    const dead = spawnSync(process.execPath, ['-e', '']).pid;
+    const folder = (name: string): string => {
+      const path = join(parent.dir, name);
+      parent.write(`${name}/part-1`, Buffer.from('x'));
+      return path;
+    };
+    const gone = folder(`unetd-uploads-${host}-${dead}-abcdef`);
+    const kept = [
+      folder(`unetd-uploads-${host}-${process.ppid}-abcdef`),
+      folder(`unetd-uploads-${host}-${process.pid}-abcdef`),
+      folder(`unetd-uploads-elsewhere.${host}-${dead}-abcdef`),
+      folder(`unetd-uploads-${host}-${dead}-abc`),
+      folder(`other-${host}-${dead}-abcdef`),
+    ];
+    const link = join(parent.dir, `unetd-uploads-${host}-${dead}-ABCDEF`);
+    symlinkSync(kept[0]!, link);
+    const own = await openScratch(parent.dir);
+    expect([gone, ...kept, link, own].map((path) => existsSync(path))).toEqual([
+      false,
+      ...kept.map(() => true),
+      true,
+      true,
+    ]);
+    expect(statSync(own).mode & 0o777).toBe(0o700);
+    parent.remove();
+  });
+
+  it('may be begun and left unfinished only so often', async () => {
+    const begin = (n: number, owner = 'me'): Promise<boolean> =>
+      put(0, 2, [tensor('t', [n])], { owner, digest: n.toString(16).padStart(64, '0') });
+    await library.close();
+    library = await open([place.dir], [], 1e12);
+    for (let n = 0; n < 16; n += 1) await begin(n);
+    await expect(begin(16)).rejects.toMatchObject({ code: 'ERR_BUSY' });
+    expect(await begin(16, 'another')).toBe(false);
+    await library.uploads.dropOwner('me');
+    expect(await begin(17)).toBe(false);
   });
 
   it('must be named by a digest', async () => {

@@ -1,5 +1,6 @@
 /** Limits of frames, windows, queues, memory and patience, over real sockets. */
 import { once } from 'node:events';
+import { createConnection, type Socket } from 'node:net';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import WebSocket from 'ws';
 import type { Client } from '../../src/client.ts';
@@ -118,6 +119,51 @@ describe('limits', () => {
     socket.resume();
     while (answers < 30) await once(socket, 'message');
     expect((await reader.stats()).forwards.completed).toBe(30);
+    socket.terminate();
+  });
+
+  it('hold back a frame while others have announced more than fits, and take it when they have gone', async () => {
+    await restage({ limits: { maxMessageBytes: 2000 }, memoryBytes: 1 });
+    const { host } = new URL(stage.server.url);
+    const announce = async (): Promise<Socket> => {
+      const stream = createConnection(Number(host.split(':')[1]), '127.0.0.1');
+      const head = ['GET /v1 HTTP/1.1', `Host: ${host}`, 'Connection: Upgrade', 'Upgrade: websocket'];
+      const keys = ['Sec-WebSocket-Version: 13', `Sec-WebSocket-Key: ${'A'.repeat(22)}==`];
+      stream.write([...head, ...keys, 'Sec-WebSocket-Protocol: unetd.v1', '', ''].join('\r\n'));
+      await once(stream, 'data');
+      // 48 MiB of a binary message, of which nothing comes.
+      stream.write(Buffer.from([0x82, 0xff, 0, 0, 0, 0, 3, 0, 0, 0, 1, 2, 3, 4]));
+      return stream;
+    };
+    const greedy = [await announce(), await announce()];
+    const socket = new WebSocket(stage.server.url, 'unetd.v1');
+    await once(socket, 'message');
+    await pause(50);
+    socket.send(new Uint8Array(60 * 1024 * 1024));
+    const answer = once(socket, 'message');
+    expect(await Promise.race([answer, pause(500)])).toBeUndefined();
+    // Small requests go on.
+    expect((await client.stats()).connections).toBe(4);
+    greedy[0]!.destroy();
+    expect(JSON.parse(String((await answer)[0]))).toMatchObject({
+      id: null,
+      error: { code: 'ERR_TOO_LARGE' },
+    });
+    greedy[1]!.destroy();
+    socket.terminate();
+  });
+
+  it('hold for text frames and for headers, whose JSON takes more than its length', async () => {
+    const socket = new WebSocket(stage.server.url, 'unetd.v1');
+    await once(socket, 'message');
+    const header = Buffer.alloc(5_000_000, ' ');
+    const frame = Buffer.concat([Buffer.alloc(8), header]);
+    frame.writeBigUInt64LE(BigInt(header.byteLength));
+    for (const bytes of [`"${' '.repeat(1_100_000)}"`, frame]) {
+      socket.send(bytes);
+      const [data] = await once(socket, 'message');
+      expect(JSON.parse(String(data))).toMatchObject({ id: null, error: { code: 'ERR_TOO_LARGE' } });
+    }
     socket.terminate();
   });
 

@@ -1,5 +1,5 @@
 /** The engine in a process of its own: what callers notice when it dies, which should be as little as possible. */
-import { rmSync } from 'node:fs';
+import { readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { setTimeout as sleep } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
@@ -186,6 +186,14 @@ describe('the engine process', () => {
       code: 'ERR_MODEL_NOT_LOADED',
     });
     expect(lines.some((line) => line.includes('could not be loaded again'))).toBe(true);
+  });
+
+  it('is not told the token of the server', async () => {
+    process.env.UNETD_TOKEN = 'a-secret-of-this-test';
+    const other = await EngineProcess.start({ module: MODULE });
+    delete process.env.UNETD_TOKEN;
+    expect(readFileSync(`/proc/${other.pid}/environ`, 'utf8')).not.toContain('a-secret-of-this-test');
+    await other.close();
   });
 
   it('ends when it is closed, and takes no more calls', async () => {

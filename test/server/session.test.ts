@@ -41,7 +41,7 @@ afterAll(async () => {
 async function answersTo(frames: readonly (string | Uint8Array)[]): Promise<{ id: unknown; code: string }[]> {
   const answers: { id: unknown; code: string }[] = [];
   const limits = { maxMessageBytes: 1e6, maxInFlight: 1000, maxKeptBytes: 1e6 };
-  const session = new Session('me', services, limits, (frame) => {
+  const session = new Session('me', services, limits, { limitBytes: 1e6, usedBytes: 0 }, (frame) => {
     const { header } = decodeFrame(frame, 'res');
     if (header.event === undefined) {
       const code = header.ok === true ? 'ok' : (header.error as { code: string }).code;
@@ -129,7 +129,7 @@ describe('kept tensors', () => {
     );
     fc.assert(
       fc.property(actions, (steps) => {
-        const kept = new KeptTensors(40);
+        const kept = new KeptTensors(40, { limitBytes: 1000, usedBytes: 0 });
         const order: { key: string; bytes: number }[] = [];
         for (const { key, bytes, set } of steps) {
           const held = order.findIndex((each) => each.key === key);
@@ -148,7 +148,7 @@ describe('kept tensors', () => {
   });
 
   it('are copies of their own', () => {
-    const kept = new KeptTensors(100);
+    const kept = new KeptTensors(100, { limitBytes: 100, usedBytes: 0 });
     const frame = Buffer.from([1, 2, 3, 4]);
     kept.set('k', { name: 't', dtype: 'F32', shape: [1], data: frame });
     frame.fill(0);

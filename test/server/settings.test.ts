@@ -75,7 +75,7 @@ describe('settings', () => {
       ...{ models: '/m', loras: '/l', host: '::1', port: '5', token: 'secret', dtype: 'f32' },
       ...{ memoryBudget: '2GB', maxBatch: '6', batchWaitMs: '7', queueLimit: '8', maxConnections: '9' },
       ...{ uploadQuota: '10MB', allowHost: 'h', allowOrigin: 'o', adapter: 'llvm', drainSeconds: '11' },
-      ...{ logLevel: 'debug' },
+      ...{ hangSeconds: '12', logLevel: 'debug' },
     };
     const options = serveOptions();
     expect(options.map((option) => option.attributeName())).toEqual(Object.keys(values));
