@@ -172,7 +172,7 @@ export class AdapterRegistry {
     });
     const expected = known.facts.digest;
     if (adapter?.digest === expected) return this.#enter(known.source, adapter);
-    this.#entries.delete(name);
+    if (adapter) this.#entries.delete(name);
     const what = adapter
       ? `has changed since it was loaded (digest ${expected}, now ${adapter.digest})`
       : 'has gone since it was loaded';
