@@ -7,7 +7,7 @@ import { fromF32, toF32 } from '../half.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { storedChannels } from '../unet/draft.ts';
 import { type ControlPattern, timestepEmbedding, type UNetShape } from '../unet/plan.ts';
-import { CONTROL_LISTS, imagesOf } from './check.ts';
+import { CONTROL_LISTS, imagesIn } from './check.ts';
 import type { StepRequest, TensorData } from './types.ts';
 
 /** The shape that all requests of a batch share, with the images of all together. */
@@ -20,7 +20,7 @@ export function shapeOf(requests: readonly StepRequest[]): UNetShape {
     if (entries) control[list] = entries.map((entry) => entry !== null);
   }
   return {
-    images: requests.reduce((sum, request) => sum + imagesOf(request), 0),
+    images: imagesIn(requests),
     height: first.x.shape[2] ?? 0,
     width: first.x.shape[3] ?? 0,
     contextTokens: first.context.shape[1] ?? 0,

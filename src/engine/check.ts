@@ -15,6 +15,10 @@ export const CONTROL_LISTS = ['input', 'middle', 'output'] as const;
 
 export const imagesOf = (request: StepRequest): number => request.x.shape[0] ?? 0;
 
+/** Of all requests together. */
+export const imagesIn = (requests: readonly StepRequest[]): number =>
+  requests.reduce((sum, request) => sum + imagesOf(request), 0);
+
 /** Shapes of the residuals each block takes, by number of the block. */
 export interface ControlShapes {
   readonly input: readonly ImageShape[];

@@ -5,7 +5,7 @@
 import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { type Device, Usage } from '../gpu/device.ts';
-import { ceilDiv, type Resident, type Storage } from '../gpu/kernel.ts';
+import { ceilDiv, type Storage } from '../gpu/kernel.ts';
 import { Plan, type Run, type Timing } from '../gpu/plan.ts';
 import { elapsedMs, STOPWATCH_BYTES, type Stopwatch } from '../gpu/stopwatch.ts';
 import type { LoraOperands } from '../kernels/gemm.ts';
@@ -59,14 +59,6 @@ export interface ForwardResult {
   readonly out: Uint8Array;
   readonly gpuMs: number;
 }
-
-const current = (label: string, arena: Arena): Resident => ({
-  kind: 'resident',
-  label,
-  current: () => arena.buffer,
-  offset: 0,
-  sizeBytes: 0,
-});
 
 export class LoadedModel {
   readonly config: UNetConfig;
@@ -223,8 +215,8 @@ export class LoadedModel {
 
   async #compile(shape: UNetShape): Promise<ReadyPlan> {
     const { device, arena, scratch } = this.#shared;
-    const table = current('lora table', this.#table);
-    const t = current('lora scratch', scratch);
+    const table = this.#table.operand;
+    const t = scratch.operand;
     const lora = (slot: number): LoraOperands => ({ slot, pool: this.#pool.operand(slot), table, t });
     const unet = planUNet(this.config, shape, {
       storage: this.storage,

@@ -2,7 +2,8 @@
  * How long an engine process may take over a call before it counts as hung: for forwards by what others of the same shape took,
  * for all else, and for shapes not seen yet, a fixed time. Keeps no timers (`child-process.ts` does).
  */
-import { batchKey, imagesOf } from './check.ts';
+import { isSoftware } from '../gpu/kernel.ts';
+import { batchKey, imagesIn } from './check.ts';
 import type { Batch, DeviceInfo } from './types.ts';
 
 /** Times of forwards vary with other programs on the GPU, kernels compiled late, LoRAs loaded meanwhile. */
@@ -26,24 +27,20 @@ export class Patience {
 
   /** Milliseconds that a call may take, or for a load the time between two signs of progress. */
   limitMs({ name }: DeviceInfo, batch: Batch | null): number {
-    const preset = LIMITS[/llvmpipe|swiftshader/i.test(name) ? 'software' : 'gpu'];
+    const preset = LIMITS[isSoftware(name) ? 'software' : 'gpu'];
     const most = this.#most ?? preset.unknownMs;
     const perImage = batch === null ? undefined : this.#slowest.get(keyOf(batch));
     if (batch === null || perImage === undefined) return most;
-    return Math.min(most, Math.max(preset.leastMs, FACTOR * perImage * imagesIn(batch)));
+    return Math.min(most, Math.max(preset.leastMs, FACTOR * perImage * imagesIn(batch.requests)));
   }
 
   /** Remembers how long a forward took. */
   note(batch: Batch, ms: number): void {
     const key = keyOf(batch);
-    const slowest = Math.max(this.#slowest.get(key) ?? 0, ms / imagesIn(batch));
+    const slowest = Math.max(this.#slowest.get(key) ?? 0, ms / imagesIn(batch.requests));
     if (this.#slowest.size >= MAX_SHAPES) this.#slowest.clear();
     this.#slowest.set(key, slowest);
   }
-}
-
-function imagesIn({ requests }: Batch): number {
-  return requests.reduce((sum, request) => sum + imagesOf(request), 0);
 }
 
 function keyOf({ model, requests: [first] }: Batch): string {

@@ -3,7 +3,7 @@
  * buffer that grows to the largest plan (stateful).
  */
 import { type Device, Usage } from './device.ts';
-import { alignTo } from './kernel.ts';
+import { alignTo, type Resident } from './kernel.ts';
 
 /** Bytes needed from step `first` to step `last`, both included. */
 export interface Lifetime {
@@ -69,6 +69,11 @@ export class Arena {
   get buffer(): GPUBuffer {
     if (!this.#buffer) throw new Error(`${this.#label} is used before it has a size`);
     return this.#buffer;
+  }
+
+  /** All of the buffer, as it is when it is bound. */
+  get operand(): Resident {
+    return { kind: 'resident', label: this.#label, current: () => this.buffer, offset: 0, sizeBytes: 0 };
   }
 
   /** Makes room for `sizeBytes`. ERR_OUT_OF_MEMORY. */

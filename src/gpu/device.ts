@@ -4,7 +4,7 @@
  */
 import { create, globals } from 'webgpu';
 import { UnetdError } from '../errors.ts';
-import type { Capabilities } from './kernel.ts';
+import { type Capabilities, isSoftware } from './kernel.ts';
 import { PipelineCache } from './pipeline.ts';
 
 interface WebGpuGlobals {
@@ -117,7 +117,7 @@ export class Device {
     const fixed = info.subgroupMinSize === info.subgroupMaxSize && gpu.features.has('subgroups');
     this.capabilities = {
       subgroupSize: fixed ? (info.subgroupMinSize ?? 0) : 0,
-      software: info.architecture === 'software' || /llvmpipe|swiftshader/i.test(this.adapter.name),
+      software: info.architecture === 'software' || isSoftware(this.adapter.name),
       maxBindingBytes: Math.min(gpu.limits.maxStorageBufferBindingSize, options.maxBindingBytes ?? Infinity),
       maxBufferBytes: gpu.limits.maxBufferSize,
       offsetAlignment: Math.max(

@@ -48,6 +48,9 @@ export function defineKernel(
   return Object.freeze({ options: {}, constants: {}, ...spec });
 }
 
+/** Whether an adapter of that name runs shaders on the CPU. */
+export const isSoftware = (name: string): boolean => /llvmpipe|swiftshader/i.test(name);
+
 /** What an adapter can do, as far as choosing kernels depends on it. */
 export interface Capabilities {
   /** Lanes of every subgroup, or 0 where there are no subgroups or their size varies. */

@@ -8,7 +8,7 @@ import { digest, SafetensorsFile, type SafetensorsView } from '../safetensors.ts
 import type { UNetConfig } from '../unet/config.ts';
 import { ALGEBRA } from './algebra.ts';
 import { architectureOf, trainedFor } from './architecture.ts';
-import { type AdapterLayer, type AdapterPatch, arrayBytes, type Changes } from './change.ts';
+import { type AdapterLayer, type AdapterPatch, arrayBytes, blocksArray, type Changes } from './change.ts';
 import { isTextEncoderKey } from './keys.ts';
 import { type AdapterSource, readFactors, sortKeys, type TensorKeys } from './parse.ts';
 
@@ -82,6 +82,7 @@ export async function parseAdapter(
   for (const group of groups.values()) all.push(await bind(source, group, adapter, origin));
   const layers = all.flatMap((changes) => changes.layers);
   const patches = all.flatMap((changes) => changes.patches);
+  const arrays = [...layers.map(blocksArray), ...patches.flatMap((patch) => Object.values(patch.arrays))];
   return {
     digest: await source.digest(),
     format: [...formats].join('+'),
@@ -91,11 +92,7 @@ export async function parseAdapter(
     matched: [...groups.values()].flatMap(({ keys }) => [...keys.values()]),
     unmatched,
     textEncoder: unmatched.filter(isTextEncoderKey),
-    sizeBytes:
-      layers.reduce((sum, { down, up }) => sum + down.byteLength + up.byteLength, 0) +
-      patches
-        .flatMap(({ arrays }) => Object.values(arrays))
-        .reduce((sum, array) => sum + arrayBytes(array), 0),
+    sizeBytes: arrays.reduce((sum, array) => sum + arrayBytes(array), 0),
   };
 }
 

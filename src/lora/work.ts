@@ -33,11 +33,11 @@ export class PatchWork {
   operands(): Work<Resident> {
     const { weight, sum, first, second, scales } = this.arenas;
     return {
-      weight: operandOf(weight),
-      sum: operandOf(sum),
-      first: operandOf(first),
-      second: operandOf(second),
-      scales: operandOf(scales),
+      weight: weight.operand,
+      sum: sum.operand,
+      first: first.operand,
+      second: second.operand,
+      scales: scales.operand,
     };
   }
 
@@ -50,11 +50,3 @@ export class PatchWork {
     return [...Object.values(this.arenas), ...Object.values(this.passing)];
   }
 }
-
-const operandOf = (arena: Arena): Resident => ({
-  kind: 'resident',
-  label: 'patch work',
-  current: () => arena.buffer,
-  offset: 0,
-  sizeBytes: 0,
-});

@@ -146,7 +146,7 @@ export class Batcher<Work, Result> {
     const groups = this.#groups();
     const now = this.#clock.now();
     const left = (entry: Entry<Work, Result>): number => {
-      const { images, oldest } = groups.get(groupOf(entry))!;
+      const { images, oldest } = groups.get(groupOf(entry.job))!;
       return images >= this.options.capOf(entry.job) ? 0 : oldest + this.options.waitMs - now;
     };
     // Sorting is stable: of those who have led as much, the one that has waited longest comes first.
@@ -163,10 +163,10 @@ export class Batcher<Work, Result> {
     const groups = new Map<string, Group>();
     for (const queue of this.#queues.values()) {
       for (const entry of queue) {
-        const group = groups.get(groupOf(entry)) ?? { images: 0, oldest: entry.arrivedAt };
+        const group = groups.get(groupOf(entry.job)) ?? { images: 0, oldest: entry.arrivedAt };
         group.images += entry.job.images;
         group.oldest = Math.min(group.oldest, entry.arrivedAt);
-        groups.set(groupOf(entry), group);
+        groups.set(groupOf(entry.job), group);
       }
     }
     return groups;
@@ -177,10 +177,10 @@ export class Batcher<Work, Result> {
     const cap = this.options.capOf(leader.job);
     const batch = [leader];
     let images = leader.job.images;
-    const group = groupOf(leader);
+    const group = groupOf(leader.job);
     const sides = [...this.#queues].map(([owner, queue]) => ({
       images: owner === leader.job.owner ? images : 0,
-      rest: queue.filter((entry) => entry !== leader && groupOf(entry) === group),
+      rest: queue.filter((entry) => entry !== leader && groupOf(entry.job) === group),
     }));
     for (;;) {
       for (const side of sides) {
@@ -253,6 +253,7 @@ export class Batcher<Work, Result> {
   }
 }
 
-function groupOf({ job }: { readonly job: Pick<Job<unknown>, 'model' | 'key'> }): string {
-  return `${job.model}\n${job.key}`;
+/** Jobs of one group can run together. */
+export function groupOf({ model, key }: Pick<Job<unknown>, 'model' | 'key'>): string {
+  return `${model}\n${key}`;
 }

@@ -8,6 +8,7 @@ import type { Clock } from './clock.ts';
 import type { FileKind } from './folders.ts';
 import type { Library } from './library.ts';
 import type { DtypeChoice } from './protocol.ts';
+import { Tally } from './tally.ts';
 
 /** How long a LoRA file is taken as unchanged without looking again. */
 const RECHECK_MS = 1000;
@@ -32,7 +33,7 @@ export class Residents {
   readonly #models = new Map<string, ModelInfo>();
   readonly #loading = new Map<string, Loading>();
   /** `model/NAME` or `lora/NAME` -> requests. */
-  readonly #uses = new Map<string, number>();
+  readonly #uses = new Tally();
   /** Model -> LoRA -> adapter. */
   readonly #adapters = new Map<string, Map<string, ResidentAdapter>>();
   readonly #adapterLoading = new Map<string, Promise<AdapterInfo>>();
@@ -55,7 +56,7 @@ export class Residents {
   isNeeded(kind: FileKind, name: string): boolean {
     if (kind === 'model') return this.#models.has(name) || this.#loading.has(name);
     const loading = [...this.#adapterLoading.keys()].some((key) => key.endsWith(`\n${name}`));
-    return loading || this.#uses.has(`lora/${name}`);
+    return loading || this.#uses.of(`lora/${name}`) > 0;
   }
 
   /** Loads a model as `model.load` does: a changed file, or another dtype than the loaded one asked for, loads it anew. */
@@ -133,17 +134,7 @@ export class Residents {
   /** Counts a request as using the model and the LoRAs until the result is called. */
   use(model: string, loras: readonly string[] = []): () => void {
     const keys = [`model/${model}`, ...loras.map((lora) => `lora/${lora}`)];
-    for (const key of keys) this.#uses.set(key, (this.#uses.get(key) ?? 0) + 1);
-    let over = false;
-    return () => {
-      if (over) return;
-      over = true;
-      for (const key of keys) {
-        const left = (this.#uses.get(key) ?? 1) - 1;
-        if (left > 0) this.#uses.set(key, left);
-        else this.#uses.delete(key);
-      }
-    };
+    return this.#uses.add(keys);
   }
 
   /** Makes the next use load the model and its adapters again: the engine no longer has them. */
@@ -187,7 +178,7 @@ export class Residents {
   }
 
   #refuseBusy(name: string, what: string): void {
-    const uses = this.#uses.get(`model/${name}`) ?? 0;
+    const uses = this.#uses.of(`model/${name}`);
     if (uses === 0) return;
     throw new UnetdError(
       'ERR_MODEL_BUSY',

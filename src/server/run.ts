@@ -2,7 +2,7 @@
  * Runs one batch on an engine so that a bad request fails alone: what does not fit into memory is halved, what fails
  * otherwise is run again request by request. Chooses no requests (`batcher.ts`) and checks none.
  */
-import { imagesOf } from '../engine/check.ts';
+import { imagesIn, imagesOf } from '../engine/check.ts';
 import type { EngineApi, StepRequest, TensorData } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
 
@@ -35,7 +35,7 @@ export async function runSteps(
 ): Promise<Outcomes> {
   const [first] = steps;
   if (first === undefined) return [];
-  const images = steps.reduce((sum, step) => sum + imagesOf(step), 0);
+  const images = imagesIn(steps);
   if (steps.length === 1 && images > limits.maxBatch)
     return [await settle(runHalves(engine, model, first, limits))];
   try {

@@ -4,15 +4,15 @@
  */
 import { batchKey, checkStep, imagesOf } from '../engine/check.ts';
 import type { EngineApi, StepRequest, TensorData } from '../engine/types.ts';
-import { Batcher, type Job } from './batcher.ts';
+import { Batcher, groupOf, type Job } from './batcher.ts';
 import { BatchCaps } from './caps.ts';
 import type { Clock } from './clock.ts';
-import { LoraDemand } from './demand.ts';
 import { completeControl, type ForwardMessage } from './forward.ts';
 import type { Metrics } from './metrics.ts';
 import type { Timing } from './protocol.ts';
 import type { Residents } from './residents.ts';
 import { joinImages, runSteps, type StepOutcome, sliceImages } from './run.ts';
+import { Tally } from './tally.ts';
 
 export interface SchedulerOptions {
   readonly maxBatch: number;
@@ -38,7 +38,8 @@ export class Scheduler {
   readonly #clock: Clock;
   readonly #caps: BatchCaps;
   readonly #batcher: Batcher<Work, Done>;
-  readonly #demand = new LoraDemand();
+  /** LoRAs of the requests that wait. */
+  readonly #demand = new Tally();
 
   constructor(
     engine: EngineApi,
@@ -54,7 +55,7 @@ export class Scheduler {
     this.#caps = new BatchCaps(options.maxBatch, clock);
     this.#batcher = new Batcher(
       {
-        capOf: (job) => this.#caps.of(capKey(job)),
+        capOf: (job) => this.#caps.of(groupOf(job)),
         waitMs: options.batchWaitMs,
         queueLimit: options.queueLimit,
       },
@@ -70,7 +71,7 @@ export class Scheduler {
 
   /** LoRAs that requests without a place in the running batch ask for. */
   get waitingLoras(): readonly string[] {
-    return this.#demand.waiting;
+    return this.#demand.names;
   }
 
   /** Runs a forward for a connection. Rejects with the abort reason of `signal`, or an UnetdError. */
@@ -88,7 +89,7 @@ export class Scheduler {
     try {
       const step = checkStep(info.config, completeControl(message, info.config), model);
       for (const lora of loras) await this.#residents.needAdapter(lora, model);
-      waited = this.#demand.wait(loras);
+      waited = this.#demand.add(loras);
       // What cannot be made ready makes its own forward fail.
       if (loras.length > 0) await this.#engine.readyAdapters(model, loras).catch(() => {});
       const done = await this.#runParts({ owner, model, key: batchKey(step) }, { step, signal, waited });
@@ -115,7 +116,7 @@ export class Scheduler {
     const parts: Done[] = [];
     let start = 0;
     do {
-      const images = Math.min(all - start, this.#caps.of(capKey(place)));
+      const images = Math.min(all - start, this.#caps.of(groupOf(place)));
       const part = images === all ? step : sliceImages(step, start, start + images);
       const job = { ...place, images, admitted: start > 0, work: { ...work, step: part } };
       parts.push(await this.#batcher.submit(job, signal));
@@ -144,8 +145,8 @@ export class Scheduler {
       first.model,
       jobs.map((job) => job.work.step),
       {
-        maxBatch: this.#caps.of(capKey(first)),
-        onOutOfMemory: (images) => this.#caps.lower(capKey(first), images),
+        maxBatch: this.#caps.of(groupOf(first)),
+        onOutOfMemory: (images) => this.#caps.lower(groupOf(first), images),
         reload: (model, step) => this.#reload(model, step),
         isCancelled: (step) => cancelled.get(step)?.aborted ?? false,
       },
@@ -162,10 +163,6 @@ export class Scheduler {
     await this.#residents.needModel(model);
     for (const { lora } of step.loras) await this.#residents.needAdapter(lora, model);
   }
-}
-
-function capKey({ model, key }: { readonly model: string; readonly key: string }): string {
-  return `${model}\n${key}`;
 }
 
 function round(ms: number): number {

@@ -2,7 +2,7 @@
  * An engine that is watched: the same engine, with its forwards counted and its loads written to the log. Changes neither what
  * goes in nor what comes out.
  */
-import { imagesOf } from '../engine/check.ts';
+import { imagesIn } from '../engine/check.ts';
 import type { EngineApi } from '../engine/types.ts';
 import type { Logger } from './log.ts';
 import type { Metrics } from './metrics.ts';
@@ -39,7 +39,7 @@ export function watched(engine: EngineApi, metrics: Metrics, log: Logger): Engin
       metrics.stepped({
         model: batch.model,
         requests: batch.requests.length,
-        images: batch.requests.reduce((sum, request) => sum + imagesOf(request), 0),
+        images: imagesIn(batch.requests),
         gpuMs: result.gpuMs,
         elapsedMs: performance.now() - started,
       });

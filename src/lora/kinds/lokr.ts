@@ -21,6 +21,7 @@ import {
   sized,
   type TensorFactors,
   tapsFirst,
+  textOf,
   transposed,
 } from '../factors.ts';
 
@@ -73,7 +74,7 @@ function matrixOf(factors: TensorFactors, name: 'lokr_w1' | 'lokr_w2'): Matrix {
     const { shape, values, key } = required(factors, name);
     const isMatrix = shape.length === 2 || (name === 'lokr_w2' && shape.length === 4);
     if (!isMatrix || shape.some((size) => size === 0))
-      malformed(factors, `"${name}" (${key}) has the shape [${shape.join(', ')}]`, { shape });
+      malformed(factors, `"${name}" (${key}) has the shape ${textOf(shape)}`, { shape });
     const square = shape.length === 2 || (shape[2] === target.kernel && shape[3] === target.kernel);
     if (!square) mismatch(factors, name, [...shape.slice(0, 2), target.kernel, target.kernel], shape);
     return { rows: shape[0]!, columns: values.length / shape[0]!, up: values };
@@ -107,17 +108,7 @@ function tucker(factors: TensorFactors): Matrix {
 /** All values, summed in f64. */
 function whole({ rows, columns, rank, up, down }: Matrix): Float32Array {
   if (rank === undefined || !down) return up;
-  const out = new Float32Array(rows * columns);
-  const row = new Float64Array(columns);
-  for (let r = 0; r < rows; r++) {
-    row.fill(0);
-    for (let i = 0; i < rank; i++) {
-      const weight = up[r * rank + i]!;
-      for (let c = 0; c < columns; c++) row[c] = row[c]! + weight * down[i * columns + c]!;
-    }
-    out.set(row, r * columns);
-  }
-  return out;
+  return foldCore(up, down, { up: rows, down: rank, taps: 1, columns });
 }
 
 /** The product in low rank, down in the order of a file; undefined where its rank is above `MOST_RANK`. */
