@@ -17,6 +17,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from unetd.client import Client, Control, Lora, Patience
+from unetd.connection import Connection
 from unetd.frames import digest
 
 ROOT = Path(__file__).parents[2]
@@ -237,3 +239,26 @@ if sys.platform == "linux":
     _software = Path("/usr/share/vulkan/icd.d/lvp_icd.json")
     if _software.exists():
         os.environ.setdefault("VK_DRIVER_FILES", str(_software))
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """As ComfyUI runs its nodes."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], list[str]]]:
+    """Every request that goes out: operation, fields, names of its tensors."""
+    requests: list[tuple[str, dict[str, Any], list[str]]] = []
+    real = Connection.request
+
+    def record(
+        self: Connection, op: str, fields: Any, tensors: Any = None, progress: Any = None
+    ) -> Future[Any]:
+        requests.append((op, dict(fields), sorted(tensors or {})))
+        return real(self, op, fields, tensors, progress)
+
+    monkeypatch.setattr(Connection, "request", record)
+    return requests

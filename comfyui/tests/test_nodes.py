@@ -31,10 +31,7 @@ MODEL = "tiny.safetensors"
 NOWHERE = "127.0.0.1:9"
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(autouse=True)

@@ -31,10 +31,7 @@ ATTENTION = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
 CONV = "input_blocks.1.0.in_layers.2"
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")

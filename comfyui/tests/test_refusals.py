@@ -33,10 +33,7 @@ def torch_server() -> TorchServer:
     return TorchServer(random_weights(names_and_shapes(SD1)))
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def node(name: str, **inputs: Any) -> Change:

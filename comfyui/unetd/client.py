@@ -11,8 +11,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from .connection import Answer, Progress
 from .endpoints import Endpoints, Link, away
 from .errors import RemoteError, RequestFailed
 from .patience import Patience, pauses, sleep, wait_for
+from .payloads import Control, Header, Lora, TensorInfo, parts_of, residuals
 
 __all__ = ["Client", "Control", "Header", "Lora", "Patience", "TensorInfo"]
 
@@ -31,61 +32,12 @@ Value = TypeVar("Value")
 
 #: How often a server is given again what it says it has lost.
 MAX_REMINDERS = 2
-#: An upload is cut into frames of about this size, so that a lost connection loses little.
-PART_BYTES = 32 * 1024 * 1024
-#: Room that a frame's header takes, generously: by itself, and for each tensor.
-HEADER_BYTES = 1024
-HEADER_BYTES_PER_TENSOR = 256
 #: Pause where ERR_BUSY does not say how long: the window of the connection is full, not the server's queue.
 BUSY_MS = 100
 
 #: Errors of a server that goes away, and those that another attempt may cure.
 AWAY = frozenset({"ERR_DISCONNECTED", "ERR_SHUTTING_DOWN"})
 CURABLE = AWAY | {"ERR_DEVICE_LOST", "ERR_ENGINE_DOWN"}
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter that the server can be given: its digest, and its tensors for when the server lacks it.
-
-    `digest` is that of docs/PROTOCOL.md in hex, or "" for a file in the server's own folders: then `label` is
-    its name there. `tensors` is called only to upload, in the thread that asks.
-    """
-
-    digest: str
-    tensors: Callable[[], Mapping[str, torch.Tensor]]
-    label: str
-
-    @property
-    def name(self) -> str:
-        """As requests name it."""
-        return f"sha256:{self.digest}" if self.digest else self.label
-
-
-@dataclass(frozen=True)
-class Control:
-    """Residuals of ControlNets and T2I-Adapters, [N, C, H, W] each, in ComfyUI's lists; None where absent."""
-
-    input: Sequence[torch.Tensor | None]
-    middle: Sequence[torch.Tensor | None]
-    output: Sequence[torch.Tensor | None]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a model file states about a tensor, `dtype` as in safetensors."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Header:
-    """Of a model file: its tensors, its own metadata, and the values of those tensors that were asked for."""
-
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str]
-    values: dict[str, torch.Tensor]
 
 
 class Client:
@@ -197,7 +149,7 @@ class Client:
         if control is not None:
             lists = {"input": control.input, "middle": control.middle, "output": control.output}
             fields["control"] = {name: len(entries) for name, entries in lists.items()}
-            tensors.update(_residuals(lists))
+            tensors.update(residuals(lists))
         conditioning = {"context": context} if y is None else {"context": context, "y": y}
         # Fetched from its device once, for the key and for sending.
         fetched = {name: tensor.cpu() for name, tensor in conditioning.items()}
@@ -288,7 +240,7 @@ class Client:
         return result
 
     def _upload(self, link: Link, lora: Lora, patience: Patience) -> None:
-        parts = list(_cut(lora, link.connection.max_message_bytes))
+        parts = list(parts_of(lora, link.connection.max_message_bytes))
         for part, tensors in enumerate(parts):
             fields = {"digest": lora.digest, "part": part, "parts": len(parts)}
             self._ask(link, "lora.put", fields, patience, tensors)
@@ -337,32 +289,3 @@ class Client:
                 raise away({url: f"no answer within {timeout_s:g} s" for url in self._endpoints.urls})
 
         return replace(patience, poll=poll)
-
-
-def _residuals(
-    lists: Mapping[str, Sequence[torch.Tensor | None]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, entries in lists.items():
-        for index, tensor in enumerate(entries):
-            if tensor is not None:
-                yield f"control.{name}.{index}", tensor.cpu()
-
-
-def _cut(lora: Lora, max_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Parts of whole tensors, in order of name. ERR_TOO_LARGE for a tensor that fits no frame."""
-    part: dict[str, torch.Tensor] = {}
-    used = HEADER_BYTES
-    for name, tensor in sorted(lora.tensors().items()):
-        size = tensor.numel() * tensor.element_size() + HEADER_BYTES_PER_TENSOR + 6 * len(name)
-        if HEADER_BYTES + size > max_bytes:
-            raise RemoteError(
-                "ERR_TOO_LARGE",
-                f'Tensor "{name}" of "{lora.label}" takes {size} bytes, a frame at most {max_bytes}; '
-                "put the file into a LoRA folder of the server instead.",
-            )
-        if part and used + size > min(PART_BYTES, max_bytes):
-            yield part
-            part, used = {}, HEADER_BYTES
-        part[name] = tensor
-        used += size
-    yield part

@@ -2,10 +2,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { readFileSync } from 'node:fs';
-import { createServer } from 'node:net';
-import { fileURLToPath } from 'node:url';
 
-export const ROOT: string = fileURLToPath(new URL('../..', import.meta.url));
 const OUTPUT_CHARACTERS = 4000;
 const STOP_TIMEOUT_MS = 10_000;
 
@@ -72,14 +69,4 @@ export class Child {
     await ended;
     clearTimeout(timer);
   }
-}
-
-/** A port on the loopback address that nothing listens on now. */
-export async function freePort(): Promise<number> {
-  const server = createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const address = server.address();
-  await new Promise((resolve) => server.close(resolve));
-  if (address === null || typeof address === 'string') throw new Error('No port was given.');
-  return address.port;
 }

@@ -8,7 +8,8 @@ import { mkdirSync, mkdtempSync, rmSync, symlinkSync, writeFileSync } from 'node
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { WebSocket } from 'ws';
-import { Child, freePort, ROOT } from './child.ts';
+import { freePort, ROOT } from '../launch.ts';
+import { Child } from './child.ts';
 import { hintPicture, type Latent, type Picture, readLatent, readPicture } from './pictures.ts';
 import { MODELS } from './server.ts';
 import type { Prompt } from './workflow.ts';

@@ -1,6 +1,7 @@
 /** The server under test: `unetd serve` as a user starts it, on the models of the tests, with its numbers over HTTP. */
 import type { ServerStats } from '../../src/server/protocol.ts';
-import { Child, freePort, ROOT } from './child.ts';
+import { freePort, ROOT } from '../launch.ts';
+import { Child } from './child.ts';
 
 export const MODELS: string = `${ROOT}.cache/comfyui/models`;
 const START_TIMEOUT_MS = 60_000;

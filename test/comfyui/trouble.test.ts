@@ -1,8 +1,8 @@
 /** On the real ComfyUI: servers that die, users who lose patience, and workflows that cannot run remotely. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
+import { freePort } from '../launch.ts';
 import { expectSame } from './agree.ts';
 import { lora } from './cases.ts';
-import { freePort } from './child.ts';
 import { ComfyUI, type Result, VERSIONS, WorkflowError } from './comfyui.ts';
 import { latentDistance } from './pictures.ts';
 import { UnetdServer } from './server.ts';

@@ -3,7 +3,7 @@
  * LoRA stacks. No test itself.
  */
 import type { Client, Fields, Message } from '../protocol/client.ts';
-import { MODEL } from '../protocol/server.ts';
+import { MODEL, type Server, serve } from '../protocol/server.ts';
 import { errorOf, f32, type Tensor, type Tensors } from '../protocol/tensors.ts';
 
 export interface Known {
@@ -41,6 +41,17 @@ function fieldsOf(seed: number): Fields {
     strength: ((seed % 9) - 4) / 3 + i / 2,
   }));
   return { model: MODEL, loras };
+}
+
+/** A server, and so many forwards whose results are known of it. */
+export async function serveKnown(
+  count: number,
+): Promise<{ readonly server: Server; readonly known: readonly Known[] }> {
+  const server = await serve('--dtype', 'f32', '--log-level', 'warn');
+  const client = await server.open();
+  const known = await openCatalogue(client, count);
+  await client.close();
+  return { server, known };
 }
 
 /** Runs each alone. */

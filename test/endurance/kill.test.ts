@@ -9,7 +9,7 @@ import { FailoverClient } from '../../src/failover.ts';
 import type { Client } from '../protocol/client.ts';
 import { type Server, serve } from '../protocol/server.ts';
 import { errorOf, type Tensor, valuesOf } from '../protocol/tensors.ts';
-import { faultOf, type Known, openCatalogue, SAME } from './catalogue.ts';
+import { faultOf, type Known, SAME, serveKnown } from './catalogue.ts';
 import { amount, below, enginePid, median, pause, pick, randomFrom, report, seedOf } from './scale.ts';
 
 const KILLS = amount(50, 3);
@@ -21,10 +21,7 @@ let server: Server;
 let known: readonly Known[];
 
 beforeAll(async () => {
-  server = await serve('--dtype', 'f32', '--log-level', 'warn');
-  const client = await server.open();
-  known = await openCatalogue(client, 12);
-  await client.close();
+  ({ server, known } = await serveKnown(12));
 });
 afterAll(() => server?.stop());
 

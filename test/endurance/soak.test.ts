@@ -4,8 +4,8 @@
  */
 import { afterAll, beforeAll, expect, test } from 'vitest';
 import type { Client, Fields, Message } from '../protocol/client.ts';
-import { type Server, serve } from '../protocol/server.ts';
-import { faultOf, type Known, openCatalogue } from './catalogue.ts';
+import type { Server } from '../protocol/server.ts';
+import { faultOf, type Known, serveKnown } from './catalogue.ts';
 import {
   amount,
   below,
@@ -41,10 +41,7 @@ let server: Server;
 let known: readonly Known[];
 
 beforeAll(async () => {
-  server = await serve('--dtype', 'f32', '--log-level', 'warn');
-  const client = await server.open();
-  known = await openCatalogue(client, 24);
-  await client.close();
+  ({ server, known } = await serveKnown(24));
 });
 afterAll(() => server?.stop());
 

@@ -2,11 +2,9 @@
  * Starts the real server with the real engine through its command line, as a user does, and ends it.
  * It is not a stand-in: nothing of the server runs in the process of the tests.
  */
-import { spawn } from 'node:child_process';
-import { fileURLToPath } from 'node:url';
+import { launch, ROOT } from '../launch.ts';
 import { Client, type OpenOptions } from './client.ts';
 
-const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 export const ASSETS: string = `${ROOT}demo/assets/`;
 export const MODEL = 'emoji-unet.safetensors';
 
@@ -24,32 +22,8 @@ export interface Server {
 }
 
 export async function serve(...args: readonly string[]): Promise<Server> {
-  const { UNETD_TOKEN: _token, ...environment } = process.env;
-  const child = spawn(
-    process.execPath,
-    [
-      ...['--import', 'tsx', 'src/cli.ts', 'serve', '--port', '0'],
-      ...['--models', 'demo/assets/models', '--loras', 'demo/assets/loras', ...args],
-    ],
-    { cwd: ROOT, env: environment, stdio: ['ignore', 'pipe', 'pipe'] },
-  );
-  let log = '';
-  const exited = new Promise<number | null>((resolve) => child.on('exit', resolve));
-  const orphaned = (): void => {
-    child.kill('SIGKILL');
-  };
-  process.on('exit', orphaned);
-  void exited.then(() => process.off('exit', orphaned));
-  const url = await new Promise<string>((resolve, reject) => {
-    const read = (chunk: Buffer): void => {
-      log += chunk.toString();
-      const line = /listening on (ws:\S+)/.exec(log);
-      if (line) resolve(line[1]!);
-    };
-    child.stdout.on('data', read);
-    child.stderr.on('data', read);
-    void exited.then((code) => reject(new Error(`the server ended with ${code}:\n${log}`)));
-  });
+  const models = ['--models', 'demo/assets/models', '--loras', 'demo/assets/loras'];
+  const { child, url, log, exited } = await launch('--port', '0', ...models, ...args);
   let terminated = false;
   const terminate = (): void => {
     if (!terminated) child.kill('SIGTERM');
@@ -59,7 +33,7 @@ export async function serve(...args: readonly string[]): Promise<Server> {
     url,
     http: url.replace('ws:', 'http:').replace('/v1', ''),
     pid: child.pid!,
-    log: () => log,
+    log,
     open: (options) => Client.open(url, options),
     terminate,
     stop: async () => {

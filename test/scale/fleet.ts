@@ -1,24 +1,18 @@
 /** Several servers as processes of their own, and the shipped HAProxy configuration in front of them. No test itself. */
-import { type ChildProcess, execFileSync, spawn } from 'node:child_process';
+import { execFileSync, spawn } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { type AddressInfo, createConnection, createServer } from 'node:net';
+import { createConnection } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import type { ServerStats } from '../../src/server/protocol.ts';
 import { look } from '../../src/top.ts';
+import { endOf, freePort, launch, ROOT } from '../launch.ts';
 
-const ROOT = fileURLToPath(new URL('../..', import.meta.url));
 export const SHIPPED: string = `${ROOT}ops/haproxy.cfg`;
 export const STAND_IN: readonly string[] = [
   '--engine-module',
   new URL('../server/stand-in-engine.ts', import.meta.url).href,
 ];
-
-const alive = new Set<ChildProcess>();
-process.on('exit', () => {
-  for (const child of alive) child.kill('SIGKILL');
-});
 
 export interface ServerProcess {
   readonly port: number;
@@ -30,23 +24,7 @@ export interface ServerProcess {
 }
 
 export async function startServer(port: number, args: readonly string[]): Promise<ServerProcess> {
-  const child = spawn(
-    process.execPath,
-    ['--import', 'tsx', 'src/cli.ts', 'serve', '--port', String(port), ...args],
-    { cwd: ROOT, stdio: ['ignore', 'pipe', 'pipe'] },
-  );
-  const exit = ended(child);
-  let text = '';
-  const url = await new Promise<string>((resolve, reject) => {
-    const read = (chunk: Buffer): void => {
-      text += chunk.toString();
-      const found = /listening on (ws:\S+)/.exec(text);
-      if (found !== null) resolve(found[1]!);
-    };
-    child.stdout.on('data', read);
-    child.stderr.on('data', read);
-    void exit.then((code) => reject(new Error(`the server ended with ${code}:\n${text}`)));
-  });
+  const { child, url, exited: exit } = await launch('--port', String(port), ...args);
   return {
     port: Number(new URL(url).port),
     url,
@@ -86,7 +64,7 @@ export async function startBalancer(ports: readonly number[]): Promise<Balancer>
   // Its log has to go somewhere.
   child.stdout.resume();
   child.stderr.resume();
-  const exit = ended(child);
+  const exit = endOf(child);
   const command = (text: string): Promise<string> => ask(socket, text);
   const states = async (): Promise<ReadonlyMap<string, string>> => {
     const rows = (await command('show stat')).split('\n').map((row) => row.split(','));
@@ -101,14 +79,6 @@ export async function startBalancer(ports: readonly number[]): Promise<Balancer>
   const balancer = { url: `ws://127.0.0.1:${port}/v1`, command, states, stop };
   await until(async () => [...(await states()).values()].every((state) => state === 'UP'));
   return balancer;
-}
-
-export async function freePort(): Promise<number> {
-  const server = createServer();
-  await new Promise<void>((resolve) => server.listen(0, '127.0.0.1', resolve));
-  const { port } = server.address() as AddressInfo;
-  await new Promise((resolve) => server.close(resolve));
-  return port;
 }
 
 /** Polls until it holds; an error counts as not yet. */
@@ -136,15 +106,4 @@ function ask(socket: string, line: string): Promise<string> {
     stream.on('end', () => resolve(text));
     stream.on('error', reject);
   });
-}
-
-/** Gives the exit code of a child, which ends with this process at the latest. */
-function ended(child: ChildProcess): Promise<number | null> {
-  alive.add(child);
-  return new Promise((resolve) =>
-    child.on('exit', (code) => {
-      alive.delete(child);
-      resolve(code);
-    }),
-  );
 }
