@@ -1,44 +1,51 @@
-// T as lora_down.wgsl makes it, for drivers whose subgroups have 8 lanes: like broadcast.wgsl, with four blocks of an
-// image for a panel. A subgroup computes 8 rows x 32 ranks: lane l loads row l of A and owns columns 4l .. 4l+3, which are
-// half of block l / 2, so A is read once for four blocks. The last workgroup's lanes without a block repeat the last block;
-// where it has only one, it is computed as lora_down.wgsl does it, twice as fast as with three quarters of the lanes idle.
+// T as lora_down.wgsl makes it, for drivers whose subgroups have 8 lanes: like broadcast32.wgsl, with up to four blocks of an
+// image for a panel. A subgroup is a workgroup and computes 32 rows x 32 ranks (or 16 where at most two blocks are left): lane
+// l loads half of block l / 2, so A is read once for four blocks. Lanes without a block repeat the last one.
 // Workgroups past the image's number of blocks leave at once.
 // Preconditions: subgroups of 8 lanes.
 
-fn outer(acc: ptr<function, array<vec4f, 8>>, a: vec4f, b: array<vec4f, 4>) {
-  for (var c = 0u; c < 4u; c++) {
-    for (var m = 0u; m < 8u; m++) { (*acc)[m] += b[c] * subgroupShuffle(a[c], m); }
-  }
+fn loadRows(s: array<Source, 4>, c: u32) -> mat4x4f {
+  return transpose(mat4x4f(loadA(s[0], c), loadA(s[1], c), loadA(s[2], c), loadA(s[3], c)));
 }
 
-@compute @workgroup_size(WORKGROUP)
-fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
+@compute @workgroup_size(8)
+fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let image = group.z;
   let blocks = table[p.slotRow + image].zw;
   let first = group.x * 4u;
-  if (first + 1u == blocks.y) {
-    let rows0 = (group.y * WORKGROUP + index) * ROWS;
-    if (rows0 < p.m) { downRows(table[blocks.x + first], image, rows0); }
-    return;
-  }
-  let lane = index % 8u;
-  let m0 = (group.y * (WORKGROUP / 8u) + index / 8u) * 8u;
-  if (first >= blocks.y || m0 >= p.m) { return; }
-  let mine = first + lane / 2u;
-  let block = table[blocks.x + min(mine, blocks.y - 1u)];
-  let row = rowAt(image, min(m0 + lane, p.m - 1u));
-  var acc: array<vec4f, 8>;
-  var d = block.x + lane % 2u;
+  if (first >= blocks.y) { return; }
+  let last = blocks.x + blocks.y - 1u;
+  let wide = first + 2u < blocks.y;
+  let m = tileRows(group.y * 32u, lane);
+  let inside = min(m, vec4u(p.m - 1u));
+  let rows = array(rowAt(image, inside.x), rowAt(image, inside.y), rowAt(image, inside.z), rowAt(image, inside.w));
+  var left: array<mat4x4f, 4>;
+  var right: array<mat4x4f, 4>;
+
+  var d = table[min(blocks.x + first + lane / 2u, last)].x + lane % 2u;
   for (var tap = 0u; tap < TAPS; tap++) {
-    let source = seek(row, tap);
-    for (var c = 0u; c < p.kQuads; c++) {
-      outer(&acc, loadA(source, c), array(load_down(d), load_down(d + 2u), load_down(d + 4u), load_down(d + 6u)));
+    let s = array(seek(rows[0], tap), seek(rows[1], tap), seek(rows[2], tap), seek(rows[3], tap));
+    // Two loops of which one has no turns, and not a condition within one: such drivers run both sides of a condition.
+    for (var c = 0u; c < select(p.kQuads, 0u, wide); c++) {
+      outer(&left, loadRows(s, c), mat4x4f(load_down(d), load_down(d + 2u), load_down(d + 4u), load_down(d + 6u)), 0u);
+      d += 8u;
+    }
+    for (var c = 0u; c < select(0u, p.kQuads, wide); c++) {
+      let a = loadRows(s, c);
+      let b = mat4x4f(load_down(d), load_down(d + 2u), load_down(d + 4u), load_down(d + 6u));
+      outer(&left, a, b, 0u);
+      outer(&right, a, b, 4u);
       d += 8u;
     }
   }
-  if (mine >= blocks.y) { return; }
-  let scale = bitcast<f32>(block.z);
-  for (var r = 0u; r < 8u; r++) {
-    if (m0 + r < p.m) { t[(block.w * p.m + m0 + r) * 2u + lane % 2u] = scale * acc[r]; }
+
+  // As in broadcast32.wgsl: compiled once, from a copy.
+  let sums = array(left[0], left[1], left[2], left[3], right[0], right[1], right[2], right[3]);
+  for (var j = 0u; j < min(blocks.y - first, 4u) * 8u; j++) {
+    let i = j / 4u;
+    let v = j % 4u;
+    let block = table[blocks.x + first + i / 2u];
+    let sum = vec4f(sums[i][0][v], sums[i][1][v], sums[i][2][v], sums[i][3][v]);
+    if (m[v] < p.m) { t[(block.w * p.m + m[v]) * 2u + i % 2u] = bitcast<f32>(block.z) * sum; }
   }
 }

@@ -56,14 +56,25 @@ export const gemm: Kernel = defineKernel({
   },
   constants: { SILU: false, ADD_PER_ROW: true },
   variants: {
-    broadcast: {
-      files: ['gemm/store.wgsl', 'gemm/broadcast.wgsl'],
+    broadcast32: {
+      files: ['gemm/store.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
+      subgroupSize: 8,
+    },
+    broadcast8: {
+      files: ['gemm/store.wgsl', 'gemm/broadcast8.wgsl'],
       constants: { WORKGROUP: 64 },
       subgroupSize: 8,
     },
     tile: { files: ['gemm/store.wgsl', 'gemm/tile.wgsl'] },
   },
 });
+
+/** What a workgroup computes. */
+const TILES: Readonly<Record<string, { readonly panels: number; readonly rows: number }>> = {
+  broadcast32: { panels: 1, rows: 32 },
+  broadcast8: { panels: 1, rows: 64 },
+  tile: { panels: 2, rows: 64 },
+};
 
 export const loraDown: Kernel = defineKernel({
   name: 'lora_down',
@@ -79,8 +90,7 @@ export const loraDown: Kernel = defineKernel({
   constants: { ROWS: 1 },
   variants: {
     broadcast: {
-      files: ['gemm/lora_down_rows.wgsl', 'gemm/lora_down_broadcast.wgsl'],
-      constants: { WORKGROUP: 16, ROWS: 4 },
+      files: ['gemm/spread.wgsl', 'gemm/lora_down_broadcast.wgsl'],
       subgroupSize: 8,
     },
     rows: { files: ['gemm/lora_down_rows.wgsl', 'gemm/lora_down.wgsl'], constants: { ROWS: 4 } },
@@ -170,7 +180,8 @@ export function gemmOf(
     throw new Error(
       `${args.label}: channels ${args.channels} must be a multiple of 8, columns ${args.n} of 4`,
     );
-  const chosen = variant ?? pick(gemm, capabilities);
+  const chosen = variant ?? pick(gemm, capabilities, { rows: args.m });
+  const tile = TILES[chosen]!;
   const params = paramsOf(args, lora?.slot ?? 0);
   const panels = params.panels!;
   return {
@@ -190,10 +201,7 @@ export function gemmOf(
       ...(lora ? { t: lora.t, up: lora.pool, table: lora.table } : {}),
     },
     params,
-    grid:
-      chosen === 'tile'
-        ? [ceilDiv(panels, 2), ceilDiv(args.m, 64), args.images]
-        : [panels, ceilDiv(args.m, 64), args.images],
+    grid: [ceilDiv(panels, tile.panels), ceilDiv(args.m, tile.rows), args.images],
     imageAxis: 2,
     label: args.label,
     flops: 2 * args.images * args.m * Math.min(panels * PANEL, args.n) * tapsOf(args.rows) * args.channels,
@@ -218,7 +226,7 @@ export function loraDownOf(
     constants: {},
     operands: { ...sources(args), down: lora.pool, table: lora.table, t: lora.t },
     params: paramsOf(args, lora.slot),
-    grid: [1, ceilDiv(args.m, chosen === 'broadcast' ? 16 : 64), args.images],
+    grid: [1, ceilDiv(args.m, chosen === 'broadcast' ? 32 : 64), args.images],
     label: `${args.label} lora down`,
     flops: 2 * args.images * args.m * RANK_BLOCK * tapsOf(args.rows) * args.channels,
   };

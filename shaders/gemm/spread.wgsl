@@ -1,0 +1,18 @@
+// The inner product of the tiles of 32 rows for drivers whose subgroups have 8 lanes and where workgroup memory is slow
+// (software). Lane l owns the rows l, l + 8, l + 16 and l + 24 of the tile and all of its columns; B is loaded once by the
+// subgroup and spread by shuffles from constant lanes, which cost such a driver nothing.
+
+// Rows of the tile: (l, l + 8, l + 16, l + 24), and the four values a matrix multiplies them by are one quad of k.
+fn tileRows(m0: u32, lane: u32) -> vec4u { return vec4u(m0 + lane) + vec4u(0u, 8u, 16u, 24u); }
+
+// acc[c - first] (column: one of the 4 output columns of quad c; row: the lane's rows) += A B for one quad of k and the
+// columns that the lanes first .. first + 3 hold: b[j] is row j of B in the lane's quad of columns.
+fn outer(acc: ptr<function, array<mat4x4f, 4>>, a: mat4x4f, b: mat4x4f, first: u32) {
+  for (var i = 0u; i < 4u; i++) {
+    let b0 = subgroupShuffle(b[0], first + i);
+    let b1 = subgroupShuffle(b[1], first + i);
+    let b2 = subgroupShuffle(b[2], first + i);
+    let b3 = subgroupShuffle(b[3], first + i);
+    (*acc)[i] += a * transpose(mat4x4f(b0, b1, b2, b3));
+  }
+}
