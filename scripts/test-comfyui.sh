@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The ComfyUI node pack: its lint, types and unit tests, then whole workflows on the real ComfyUI, two versions of it, with a
-# real server. On a fresh machine this installs PyTorch and ComfyUI under .cache/ first (9 GB).
+# real server, and the examples in its front end. On a fresh machine this installs PyTorch and ComfyUI under .cache/ first
+# (11 GB), and Chromium.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/ensure-vulkan.sh
+bash scripts/ensure-program.sh chromium chromium fonts-dejavu-core
 bash test/comfyui/setup.sh
 bin=$PWD/.cache/reference-env/venv/bin
 status=0

@@ -157,7 +157,7 @@ export const CASES: readonly Case[] = [
   },
   {
     name: 'sd15, CLIP of the checkpoint, LoRA on both',
-    model: 'sd15-text',
+    model: 'sd15-whole',
     unlike: PLAIN,
     change: (stage) => withText(stage, [stage.model[0], 1]),
   },

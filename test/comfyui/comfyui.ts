@@ -56,8 +56,19 @@ export interface Job {
 }
 
 export interface NodeInfo {
+  /** Where its class is: `nodes` and `comfy_extras.*` are ComfyUI's own. */
+  readonly python_module: string;
   /** Name of an input -> its type, or its choices, and further properties. */
   readonly input: { readonly required: Readonly<Record<string, readonly unknown[]>> };
+}
+
+/** How a ComfyUI differs from the one that most tests need. */
+export interface Setting {
+  readonly environment?: Readonly<Record<string, string>>;
+  /** A folder of model files in ComfyUI's layout. */
+  readonly models?: string;
+  /** A folder of Python packages that has the front end; without it there is none. */
+  readonly packages?: string;
 }
 
 interface Follower {
@@ -94,21 +105,24 @@ export class ComfyUI {
   }
 
   /** Starts a ComfyUI in a folder of its own, with the node pack and the test node, and waits until it answers. */
-  static async start(version: Version, environment: Readonly<Record<string, string>> = {}): Promise<ComfyUI> {
-    const base = makeBase();
+  static async start(version: Version, setting: Setting = {}): Promise<ComfyUI> {
+    const { environment, models = MODELS, packages } = setting;
+    const base = makeBase(models);
     const port = await freePort();
     const python = `${ENVIRONMENT}/venv/bin/python`;
     const args = [
       ...['main.py', '--cpu', '--listen', '127.0.0.1', '--port', String(port), '--disable-auto-launch'],
       ...['--base-directory', base, '--database-url', `sqlite:///${base}/comfyui.db`],
-      ...['--front-end-root', join(base, 'front-end'), '--disable-api-nodes'],
+      ...(packages === undefined ? ['--front-end-root', join(base, 'front-end')] : []),
       ...['--fp32-unet', '--fp32-vae', '--fp32-text-enc', '--preview-method', 'latent2rgb'],
+      '--disable-api-nodes',
     ];
     const child = new Child(`ComfyUI ${version}`, python, args, `${ENVIRONMENT}/comfyui-${version}`, {
       PYTHONUNBUFFERED: '1',
       HF_HUB_OFFLINE: '1',
       // Threads that wait for each other must not take the cores that the server's software adapter needs.
       OMP_WAIT_POLICY: 'PASSIVE',
+      ...(packages === undefined ? {} : { PYTHONPATH: packages }),
       ...environment,
     });
     const comfyui = new ComfyUI(version, child, port, base);
@@ -122,6 +136,11 @@ export class ComfyUI {
         throw new Error(`ComfyUI ${version} has no node ${nodeType}. It printed:\n${child.output}`);
     await comfyui.#follow();
     return comfyui;
+  }
+
+  /** Of its front end. */
+  get url(): string {
+    return `http://${this.#origin}`;
   }
 
   /** What the front end knows of a node class, the choices of its dropdowns included. */
@@ -228,13 +247,14 @@ export class ComfyUI {
 }
 
 /** A base directory as users have it: models, custom nodes, and a picture to start from. */
-function makeBase(): string {
+function makeBase(models: string): string {
   const base = mkdtempSync(join(tmpdir(), 'unetd-comfyui-'));
   for (const folder of ['custom_nodes', 'input', 'output', 'temp', 'user', 'front-end'])
     mkdirSync(join(base, folder));
-  symlinkSync(MODELS, join(base, 'models'));
+  symlinkSync(models, join(base, 'models'));
   symlinkSync(`${ROOT}comfyui`, join(base, 'custom_nodes/unetd'));
   symlinkSync(`${ROOT}test/comfyui/nodes`, join(base, 'custom_nodes/test_conditioning'));
-  writeFileSync(join(base, 'input/hint.png'), hintPicture(128, 128));
+  for (const name of ['hint.png', 'example.png'])
+    writeFileSync(join(base, 'input', name), hintPicture(128, 128));
   return base;
 }

@@ -69,6 +69,8 @@ UNETS: Mapping[str, dict[str, Any]] = {
 }
 #: UNet -> the LoRA files made for it, from the table of test/reference/adapters.py.
 LORAS: Mapping[str, tuple[str, ...]] = {"sd15": ("style", "subject", "peft", "locon"), "sdxl": ("style",)}
+#: Of the latents that each decodes, as ComfyUI sets them.
+TAESD_SCALES: Mapping[str, float] = {"taesd": 0.18215, "taesdxl": 0.13025}
 
 
 def write(path: str, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -79,6 +81,11 @@ def write(path: str, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({name: value.half().contiguous() for name, value in tensors.items()}, part)
     part.replace(target)
     print(f"models: {path}, {target.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def read(path: str, prefix: str = "") -> Tensors:
+    """What `write` wrote, its names behind `prefix`."""
+    return {prefix + name: value for name, value in load_file(ROOT / f"{path}.safetensors").items()}
 
 
 def generated(shapes: Mapping[str, torch.Tensor], prefix: str = "") -> Tensors:
@@ -131,13 +138,7 @@ def clip() -> None:
     meta = torch.device("meta")
     model = comfy.clip_model.CLIPTextModel(config, torch.float32, meta, comfy.ops.disable_weight_init)
     names = {k: v for k, v in model.state_dict().items() if k.startswith("text_model.")}
-    values = generated(names)
-    write("text_encoders/clip_l.safetensors", values)
-    unet = load_file(ROOT / "checkpoints/sd15.safetensors")
-    write(
-        "checkpoints/sd15-text.safetensors",
-        {**unet, **{f"cond_stage_model.transformer.{name}": value for name, value in values.items()}},
-    )
+    write("text_encoders/clip_l.safetensors", generated(names))
 
 
 def controlnet() -> None:
@@ -157,7 +158,7 @@ def t2i_adapter() -> None:
 def taesd() -> None:
     """A VAE of random weights whose pictures are neither constant nor saturated: the last layer is scaled to that."""
     torch.manual_seed(1)
-    for name, scale in (("taesd", 0.18215), ("taesdxl", 0.13025)):
+    for name, scale in TAESD_SCALES.items():
         for part, make, inputs, mean, std in (
             ("decoder", comfy.taesd.taesd.Decoder, 3 * torch.randn(4, 4, 16, 16), 0.5, 0.12),
             ("encoder", comfy.taesd.taesd.Encoder, torch.rand(4, 3, 128, 128), 0.0, 5 * scale),
@@ -180,6 +181,21 @@ def taesd() -> None:
             write(f"vae_approx/{name}_{part}.safetensors", values)
 
 
+def whole() -> None:
+    """Checkpoints with all their parts, as they are published; SDXL's without text encoders, which would be 1.6 GB."""
+    text = read("text_encoders/clip_l", "cond_stage_model.transformer.")
+    for name, vae, clip in (("sd15", "taesd", text), ("sd15-inpaint", "taesd", text), ("sdxl", "taesdxl", {})):
+        parts = {
+            **read(f"checkpoints/{name}"),
+            **clip,
+            **read(f"vae_approx/{vae}_encoder", "first_stage_model.taesd_encoder."),
+            **read(f"vae_approx/{vae}_decoder", "first_stage_model.taesd_decoder."),
+            "first_stage_model.vae_scale": torch.tensor(TAESD_SCALES[vae]),
+            "first_stage_model.vae_shift": torch.tensor(0.0),
+        }
+        write(f"checkpoints/{name}-whole.safetensors", parts)
+
+
 def stamp() -> str:
     """Changes with whatever decides the numbers."""
     used = ("adapters", "architectures", "comfy_unet", "weights")
@@ -193,7 +209,7 @@ def main() -> None:
         print(f"models: {ROOT} is up to date")
         return
     mark.unlink(missing_ok=True)
-    for make in (unets, clip, controlnet, t2i_adapter, taesd):
+    for make in (unets, clip, controlnet, t2i_adapter, taesd, whole):
         make()
     mark.write_text(stamp())
 

@@ -57,13 +57,15 @@ export function contrast({ values }: Picture): { readonly std: number; readonly 
   return { std: Math.sqrt(variance), saturated: saturated / colours.length };
 }
 
-/** A PNG with soft shapes, to inpaint and to take control from. */
+/** A PNG with soft shapes, to take control from and to inpaint: a rectangle in it is transparent. */
 export function hintPicture(width: number, height: number): Buffer {
   const png = new PNG({ width, height });
   for (let y = 0; y < height; y += 1) {
     for (let x = 0; x < width; x += 1) {
       const disc = Math.hypot(x - width / 3, y - height / 2) < width / 4 ? 200 : 40;
-      png.data.set([disc, (255 * x) / width, (255 * y) / height, 255], 4 * (y * width + x));
+      const isHole = x > width / 2 && y > height / 2;
+      const colour = [disc, (255 * x) / width, (255 * y) / height, isHole ? 0 : 255];
+      png.data.set(colour, 4 * (y * width + x));
     }
   }
   return PNG.sync.write(png);

@@ -8,16 +8,18 @@ const START_TIMEOUT_MS = 60_000;
 
 export class UnetdServer {
   readonly port: number;
+  readonly #models: string;
   #child: Child;
 
-  private constructor(port: number, child: Child) {
+  private constructor(port: number, models: string, child: Child) {
     this.port = port;
+    this.#models = models;
     this.#child = child;
   }
 
-  static async start(): Promise<UnetdServer> {
+  static async start(models: string = MODELS): Promise<UnetdServer> {
     const port = await freePort();
-    return new UnetdServer(port, await launch(port));
+    return new UnetdServer(port, models, await launch(port, models));
   }
 
   /** As a setting of the nodes. */
@@ -32,7 +34,7 @@ export class UnetdServer {
 
   /** Starts it again on the same port; it knows nothing of what it held before. */
   async restart(): Promise<void> {
-    this.#child = await launch(this.port);
+    this.#child = await launch(this.port, this.#models);
   }
 
   async stats(): Promise<ServerStats> {
@@ -57,8 +59,8 @@ export class UnetdServer {
   }
 }
 
-async function launch(port: number): Promise<Child> {
-  const args = ['serve', '--models', MODELS, '--dtype', 'f32', '--port', String(port), '--log-level', 'warn'];
+async function launch(port: number, models: string): Promise<Child> {
+  const args = ['serve', '--models', models, '--dtype', 'f32', '--port', String(port), '--log-level', 'warn'];
   const child = new Child('unetd', process.execPath, ['--import', 'tsx', 'src/cli.ts', ...args], ROOT);
   await child.until('it listened', START_TIMEOUT_MS, async () =>
     child.output.includes('unetd listening on') ? true : undefined,

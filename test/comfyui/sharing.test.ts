@@ -25,7 +25,7 @@ describe.each(VERSIONS)('ComfyUI %s', (version) => {
 
   beforeAll(async () => {
     server = await UnetdServer.start();
-    first = await ComfyUI.start(version, { UNETD_URL: server.url });
+    first = await ComfyUI.start(version, { environment: { UNETD_URL: server.url } });
     second = await ComfyUI.start(version);
   });
   afterAll(async () => {

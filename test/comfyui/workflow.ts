@@ -37,7 +37,7 @@ const SDXL: Family = { width: 2048, pooled: 1280, vae: 'taesdxl' };
 export type ModelName =
   | 'sd15-one-level'
   | 'sd15'
-  | 'sd15-text'
+  | 'sd15-whole'
   | 'sd15-unet'
   | 'sd15-inpaint'
   | 'sd15-full'
@@ -47,7 +47,7 @@ export type ModelName =
 export const FAMILIES: Readonly<Record<ModelName, Family>> = {
   'sd15-one-level': SD15,
   sd15: SD15,
-  'sd15-text': SD15,
+  'sd15-whole': SD15,
   'sd15-unet': SD15,
   'sd15-inpaint': SD15,
   'sd15-full': SD15,
