@@ -340,6 +340,21 @@ describe('SafetensorsFile', () => {
     }
   });
 
+  it('tells a file that was written to since it was opened, with the same bytes too', async () => {
+    const path = join(folder, 'rewritten.safetensors');
+    await writeFile(path, encode(list));
+    const opened = await SafetensorsFile.open(path);
+    await opened.checkUnchanged();
+    // Past the tick of a file system's clock.
+    await new Promise((resolve) => setTimeout(resolve, 20));
+    await writeFile(path, encode(list));
+    await expect(opened.checkUnchanged()).rejects.toMatchObject({
+      code: 'ERR_SAFETENSORS',
+      message: expect.stringMatching(/rewritten.safetensors.*written to while it was read; try again/),
+    });
+    await opened.close();
+  });
+
   it('refuses what is no such file, without naming its folder', async () => {
     await writeFile(join(folder, 'short.safetensors'), new Uint8Array(3));
     await writeFile(join(folder, 'cut.safetensors'), encode(list).subarray(0, 40));

@@ -37,9 +37,13 @@ export interface Adapter {
 
 const PICKLES: ReadonlySet<string> = new Set(['.pt', '.pth', '.ckpt', '.bin', '.pkl']);
 
+/** Several matrices of most files, and no more than a few milliseconds of work on them at a time. */
+const AHEAD_BYTES = 256 * 1024;
+
 /**
- * Opens and parses a LoRA file. Errors of `parseAdapter`; ERR_LORA_UNSUPPORTED for pickles (`.pt`, `.ckpt`, `.bin`),
- * which are refused by name, unopened. `name` is what messages call it, the file's own name unless told.
+ * Opens and parses a LoRA file. Errors of `parseAdapter`; ERR_SAFETENSORS where it is written to meanwhile;
+ * ERR_LORA_UNSUPPORTED for pickles (`.pt`, `.ckpt`, `.bin`), which are refused by name, unopened. `name` is what messages call
+ * it, the file's own name unless told.
  */
 export async function openAdapter(path: string, config: UNetConfig, name?: string): Promise<Adapter> {
   const extension = extname(path).toLowerCase();
@@ -50,9 +54,12 @@ export async function openAdapter(path: string, config: UNetConfig, name?: strin
       { extension },
     );
   }
-  const file = await SafetensorsFile.open(path);
+  const file = await SafetensorsFile.open(path, AHEAD_BYTES);
   try {
-    return await parseAdapter(file, config, name);
+    const adapter = await parseAdapter(file, config, name);
+    // Else matrices of one version would be known by the digest of another, to all who name that digest.
+    await file.checkUnchanged();
+    return adapter;
   } finally {
     await file.close();
   }

@@ -1,12 +1,13 @@
 /**
- * The adapters of one model, by name: parsed from their files, kept on the GPU while the pool has room, let go least
- * recently used first, and read again when a forward needs one that had to go. Shared by all requests.
+ * The adapters of one model, by name: parsed from their files, put on the GPU (`shelf.ts`), and read again when a forward needs
+ * one that had to go. Files with the same tensors are one adapter there, whatever their names. Shared by all requests.
  */
 import { existsSync } from 'node:fs';
 import { UnetdError } from '../errors.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { type Adapter, openAdapter } from './adapter.ts';
 import type { AdapterPool, PlacedAdapter } from './pool.ts';
+import { type Content, noRoom, Shelf, type ShelfOptions } from './shelf.ts';
 
 /** A file with an adapter; `version` changes when the file does. */
 export interface AdapterSource {
@@ -21,18 +22,8 @@ export type AdapterFacts = Omit<Adapter, 'layers' | 'patches'> & { readonly laye
 interface Entry {
   readonly source: AdapterSource;
   readonly facts: AdapterFacts;
-  placed: PlacedAdapter | undefined;
   /** What it takes on the GPU. */
   readonly poolBytes: number;
-  lastUse: number;
-  /** Leases that hold it on the GPU. */
-  pins: number;
-}
-
-/** How many adapters were put on the GPU and how many had to make room for others; counted on by every registry it is given to. */
-export interface AdapterTurnover {
-  adapterLoads: number;
-  adapterEvictions: number;
 }
 
 /** Adapters held on the GPU until `release`, which a forward calls once its work is submitted. */
@@ -41,138 +32,119 @@ export interface Lease {
   readonly release: () => void;
 }
 
+type Turns = <Value>(work: () => Promise<Value>) => Promise<Value>;
+
 export class AdapterRegistry {
   readonly #config: UNetConfig;
-  readonly #pool: AdapterPool;
+  readonly #shelf: Shelf;
   readonly #budgetBytes: number;
-  readonly #makeRoom: (bytes: number) => boolean;
-  readonly #turnover: AdapterTurnover;
   readonly #entries = new Map<string, Entry>();
-  /** Files are read and placed one after another, so that a stack of many holds one of them in JS memory. */
-  #turn: Promise<unknown> = Promise.resolve();
-  #clock = 0;
-  #closed = false;
+  /** Loads come one after another, so that many of them hold one adapter in JS memory. */
+  readonly #loading: Turns = oneByOne();
+  /** What changes the shelf does so alone: a load, once the leases leave it room, or a lease, until it has all that it names. */
+  readonly #placing: Turns = oneByOne();
+
+  constructor(config: UNetConfig, pool: AdapterPool, options: ShelfOptions) {
+    this.#config = config;
+    this.#shelf = new Shelf(pool, options);
+    this.#budgetBytes = options.budgetBytes;
+  }
+
+  /** The adapters that are on the GPU now; of several names for one adapter, the first has its bytes. */
+  resident(): readonly { readonly lora: string; readonly sizeBytes: number }[] {
+    const seen = new Set<string>();
+    return [...this.#entries].flatMap(([lora, { facts, poolBytes }]) => {
+      if (!this.#shelf.has(facts.digest)) return [];
+      const sizeBytes = seen.has(facts.digest) ? 0 : poolBytes;
+      seen.add(facts.digest);
+      return [{ lora, sizeBytes }];
+    });
+  }
 
   /**
-   * `budgetBytes` bounds what all adapters together take on the GPU. `makeRoom` may free other memory once no adapter is
-   * left to let go; false where it cannot.
+   * Parses a file and puts it on the GPU; the same version again returns at once. Waits for a lease that leaves it no room.
+   * ERR_LORA_*, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY.
    */
-  constructor(
-    config: UNetConfig,
-    pool: AdapterPool,
-    budgetBytes: number,
-    makeRoom: (bytes: number) => boolean = () => false,
-    turnover: AdapterTurnover = { adapterLoads: 0, adapterEvictions: 0 },
-  ) {
-    this.#config = config;
-    this.#pool = pool;
-    this.#budgetBytes = budgetBytes;
-    this.#makeRoom = makeRoom;
-    this.#turnover = turnover;
-  }
-
-  /** The adapters that are on the GPU now. */
-  resident(): readonly { readonly lora: string; readonly sizeBytes: number }[] {
-    return [...this.#entries].flatMap(([lora, { placed }]) =>
-      placed ? [{ lora, sizeBytes: placed.sizeBytes }] : [],
-    );
-  }
-
-  /** Parses a file and puts it on the GPU; the same version again returns at once. ERR_LORA_*, ERR_SAFETENSORS, ERR_OUT_OF_MEMORY. */
   async load(source: AdapterSource): Promise<AdapterFacts> {
-    const known = this.#entries.get(source.name);
-    if (known?.source.version === source.version && known.placed) return known.facts;
-    const entry = await this.#inTurn(() => this.#read(source));
-    this.#unpin(entry);
-    return entry.facts;
+    return this.#loaded(source) ?? this.#loading(async () => this.#loaded(source) ?? this.#load(source));
   }
 
-  /** Reads adapters that had to go, so that a forward soon need not. Holds none: they may go again. Errors as `use`. */
+  /** Reads adapters that had to go, so that a forward soon need not. Holds none: they may go again. Errors as `use` and `load`. */
   async ready(names: readonly string[]): Promise<void> {
-    for (const name of names) {
-      const entry = this.#entries.get(name) ?? unknown(name);
-      entry.lastUse = ++this.#clock;
-      if (!entry.placed) this.#unpin(await this.#inTurn(() => this.#readAgain(name)));
-    }
+    for (const name of names)
+      if (!this.#resident(name))
+        await this.#loading(async () => {
+          if (!this.#resident(name)) await this.#placeBesideLeases(await this.#openAgain(name), name);
+        });
   }
 
   /**
    * The named adapters on the GPU, in order; one lease at a time. ERR_UNKNOWN_LORA, also where one had to be read again and
-   * its file is another one by now; else as `load`.
+   * its file is another one by now; ERR_OUT_OF_MEMORY where they do not fit together; else as `load`.
    */
   async use(names: readonly string[]): Promise<Lease> {
-    try {
-      return await this.#hold(names);
-    } catch (error) {
-      const sizes = [...new Set(names)].map((name) => this.#entries.get(name)?.poolBytes ?? 0);
-      const needed = sizes.reduce((sum, bytes) => sum + bytes, 0);
-      if (UnetdError.from(error).code !== 'ERR_OUT_OF_MEMORY' || needed > this.#budgetBytes) throw error;
-      // There may be room in pieces between those that were held already: in an empty pool they lie without gaps.
-      while (this.#evictOne());
-      return await this.#hold(names);
-    }
-  }
-
-  async #hold(names: readonly string[]): Promise<Lease> {
-    const held: Entry[] = [];
-    const release = (): void => {
-      for (const entry of held.splice(0)) this.#unpin(entry);
-    };
-    try {
-      for (const name of names) {
-        let entry = this.#entries.get(name) ?? unknown(name);
-        if (entry.placed) entry.pins += 1;
-        else entry = await this.#inTurn(() => this.#readAgain(name));
-        entry.lastUse = ++this.#clock;
-        held.push(entry);
+    this.#refuseTooMany(names);
+    if (names.every((name) => this.#resident(name))) return this.#hold(names);
+    return this.#placing(async () => {
+      try {
+        return await this.#hold(names);
+      } catch (error) {
+        if (UnetdError.from(error).code !== 'ERR_OUT_OF_MEMORY') throw error;
+        // There may be room in pieces between those that were there already: in an empty pool they lie without gaps.
+        while (this.#shelf.evictOne());
+        return await this.#hold(names);
       }
-    } catch (error) {
-      release();
-      throw error;
-    }
-    return { adapters: held.map((entry) => entry.placed!), release };
+    });
   }
 
   /** Refuses what is being read now; the pool is closed by its owner. */
   close(): void {
-    this.#closed = true;
     this.#entries.clear();
+    this.#shelf.close();
   }
 
-  /** What `work` gives, pinned once, after the files before it. */
-  #inTurn(work: () => Promise<Entry>): Promise<Entry> {
-    const entry = this.#turn.then(work).then((found) => {
-      found.pins += 1;
-      return found;
-    });
-    this.#turn = entry.catch(() => {});
-    return entry;
+  #entry(name: string): Entry {
+    const entry = this.#entries.get(name);
+    if (entry) return entry;
+    throw new UnetdError('ERR_UNKNOWN_LORA', `LoRA "${name}" is not loaded; load it first`, { lora: name });
+  }
+
+  /** The adapter of a name where it is on the GPU, marked as used. */
+  #resident(name: string): Content | undefined {
+    return this.#shelf.get(this.#entry(name).facts.digest);
+  }
+
+  #loaded({ name, version }: AdapterSource): AdapterFacts | undefined {
+    const known = this.#entries.get(name);
+    return known?.source.version === version && this.#resident(name) ? known.facts : undefined;
   }
 
   /** The adapter in a file, which takes the place of the one of its name only once it is on the GPU. */
-  async #read(source: AdapterSource): Promise<Entry> {
-    const { name, version } = source;
-    const known = this.#entries.get(name);
-    if (known?.placed && known.source.version === version) return known;
-    const adapter = await openAdapter(source.path, this.#config, name);
+  async #load(source: AdapterSource): Promise<AdapterFacts> {
+    const { name, path } = source;
+    const adapter = await openAdapter(path, this.#config, name);
     // The old version is the first to go if room is needed.
-    if (known) known.lastUse = 0;
-    return this.#enter(source, adapter);
+    const old = this.#entries.get(name)?.facts.digest;
+    if (old !== undefined) this.#shelf.age(old);
+    const { placed } = await this.#placeBesideLeases(adapter, name);
+    const { layers: _layers, patches: _patches, ...rest } = adapter;
+    const facts = { ...rest, layerCount: layersChanged(adapter) };
+    this.#entries.set(name, { source, facts, poolBytes: placed.sizeBytes });
+    return facts;
   }
 
   /** An adapter that had to go, from its file. ERR_UNKNOWN_LORA where that is another one by now, or gone. */
-  async #readAgain(name: string): Promise<Entry> {
-    const known = this.#entries.get(name);
-    if (known?.placed) return known;
-    if (!known) return unknown(name);
+  async #openAgain(name: string): Promise<Adapter> {
+    const known = this.#entry(name);
     const { path } = known.source;
     const adapter = await openAdapter(path, this.#config, name).catch((error: unknown) => {
       if (existsSync(path)) throw error;
       return undefined;
     });
     const expected = known.facts.digest;
-    if (adapter?.digest === expected) return this.#enter(known.source, adapter);
-    if (adapter) this.#entries.delete(name);
+    if (adapter?.digest === expected) return adapter;
+    // Meanwhile the new file may have been loaded.
+    if (adapter && this.#entries.get(name) === known) this.#entries.delete(name);
     const what = adapter
       ? `has changed since it was loaded (digest ${expected}, now ${adapter.digest})`
       : 'has gone since it was loaded';
@@ -183,84 +155,69 @@ export class AdapterRegistry {
     });
   }
 
-  async #enter(source: AdapterSource, adapter: Adapter): Promise<Entry> {
-    this.#refuseClosed(source.name);
-    const placed = await this.#add(adapter, source.name);
-    this.#refuseClosed(source.name);
-    const old = this.#entries.get(source.name);
-    // Leases of the old version keep it until they end.
-    if (old?.placed && old.pins === 0) this.#pool.remove(old.placed);
-    const { layers: _layers, patches: _patches, ...rest } = adapter;
-    const facts = { ...rest, layerCount: layersChanged(adapter) };
-    const entry = { source, facts, placed, poolBytes: placed.sizeBytes, lastUse: ++this.#clock, pins: 0 };
-    this.#entries.set(source.name, entry);
-    this.#turnover.adapterLoads += 1;
-    return entry;
+  /** Places an adapter. A lease that leaves it no room has all that it names, so it ends without waiting for this. */
+  #placeBesideLeases(adapter: Adapter, name: string): Promise<Content> {
+    return this.#placing(async () => {
+      for (;;) {
+        const content = await this.#shelf.place(adapter, name);
+        if (content) return content;
+        await this.#shelf.unpinned();
+      }
+    });
   }
 
-  /** Puts an adapter into the pool, letting others go for it. ERR_OUT_OF_MEMORY. */
-  async #add(adapter: Adapter, name: string): Promise<PlacedAdapter> {
-    const needed = this.#pool.bytesOf(adapter);
-    if (needed <= this.#budgetBytes) {
-      while (!this.#fits(needed) && this.#evictOne());
-      let placed = this.#fits(needed) ? await this.#pool.add(adapter) : undefined;
-      while (!placed && this.#evictOne()) placed = await this.#pool.add(adapter);
-      if (!placed && this.#makeRoom(needed)) placed = await this.#pool.add(adapter);
-      if (placed) return placed;
+  /** Holds adapters, and reads those that are not there: then only where nothing else changes the shelf. */
+  async #hold(names: readonly string[]): Promise<Lease> {
+    const held: Content[] = [];
+    const release = (): void => {
+      for (const content of held.splice(0)) this.#shelf.unpin(content);
+    };
+    try {
+      for (const name of names) {
+        const content = this.#resident(name) ?? (await this.#placeAgain(name));
+        this.#shelf.pin(content);
+        held.push(content);
+      }
+    } catch (error) {
+      release();
+      throw error;
     }
-    this.#refuseClosed(name);
-    const used = this.resident().reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
-    const where =
-      used + needed > this.#budgetBytes
-        ? `the adapters of a model may take ${this.#budgetBytes}, and those that this batch needs beside it take ${used}`
-        : `those that this batch needs beside it take ${used}, and no memory, or no buffer that the GPU can bind, has room for both`;
-    throw new UnetdError(
-      'ERR_OUT_OF_MEMORY',
-      `LoRA "${name}" takes ${needed} bytes on the GPU; ${where}: use fewer or smaller LoRAs at once, or raise --memory-budget`,
-      { lora: name, needed, used, budget: this.#budgetBytes },
-    );
+    return { adapters: held.map(({ placed }) => placed), release };
   }
 
-  #refuseClosed(lora: string): void {
-    if (!this.#closed) return;
-    throw new UnetdError(
-      'ERR_MODEL_NOT_LOADED',
-      `The model was unloaded while LoRA "${lora}" was read for it; load both again`,
-      { lora },
-    );
+  async #placeAgain(name: string): Promise<Content> {
+    const adapter = await this.#openAgain(name);
+    const content = await this.#shelf.place(adapter, name);
+    if (!content) throw this.#shelf.noRoom(adapter, name);
+    return content;
   }
 
-  #fits(needed: number): boolean {
-    const held = this.resident().reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
-    return held + needed <= this.#budgetBytes;
+  /** Refuses adapters that can never be there together, before others go for them in vain. */
+  #refuseTooMany(names: readonly string[]): void {
+    const seen = new Set<string>();
+    let used = 0;
+    for (const name of names) {
+      const { facts, poolBytes } = this.#entry(name);
+      if (seen.has(facts.digest)) continue;
+      if (used + poolBytes > this.#budgetBytes) throw noRoom(name, poolBytes, used, this.#budgetBytes);
+      seen.add(facts.digest);
+      used += poolBytes;
+    }
   }
+}
 
-  #unpin(entry: Entry): void {
-    entry.pins -= 1;
-    const replaced = this.#entries.get(entry.source.name) !== entry;
-    if (replaced && entry.pins === 0 && entry.placed) this.#pool.remove(entry.placed);
-  }
-
-  /** Lets the least recently used adapter go that no lease holds; false where there is none. */
-  #evictOne(): boolean {
-    let oldest: Entry | undefined;
-    for (const entry of this.#entries.values())
-      if (entry.placed && entry.pins === 0 && entry.lastUse < (oldest?.lastUse ?? Number.POSITIVE_INFINITY))
-        oldest = entry;
-    if (!oldest?.placed) return false;
-    this.#pool.remove(oldest.placed);
-    oldest.placed = undefined;
-    this.#turnover.adapterEvictions += 1;
-    return true;
-  }
+/** Runs what it is given one after another. */
+function oneByOne(): Turns {
+  let last: Promise<unknown> = Promise.resolve();
+  return (work) => {
+    const result = last.then(work);
+    last = result.catch(() => {});
+    return result;
+  };
 }
 
 /** Modules that an adapter changes anything of. */
 function layersChanged({ layers, patches }: Adapter): number {
   const patched = patches.map(({ tensor }) => tensor.replace(/\.(weight|bias)$/, ''));
   return new Set([...layers.map(({ layer }) => layer), ...patched]).size;
-}
-
-function unknown(lora: string): never {
-  throw new UnetdError('ERR_UNKNOWN_LORA', `LoRA "${lora}" is not loaded; load it first`, { lora });
 }

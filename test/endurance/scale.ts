@@ -1,6 +1,6 @@
 /**
  * How much an endurance test does, and what it reads about the processes it tires: their memory and open files, from /proc.
- * `ENDURANCE=long` is for the runs of their own (`npm run test:fuzz`, `test:soak`, `test:kill`). No test itself.
+ * `ENDURANCE=long` is for the runs of their own (`npm run test:fuzz`, `test:soak`, `test:kill`, `test:pool`). No test itself.
  */
 import { readdirSync, readFileSync } from 'node:fs';
 import { loadavg } from 'node:os';

@@ -1,5 +1,5 @@
 /** Parsing LoRA files: the algebra against f64 references written down separately, formats and files. No GPU. */
-import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { mkdtemp, rm, utimes, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import fc from 'fast-check';
@@ -269,6 +269,22 @@ describe('parseAdapter', () => {
         message: expect.stringMatching(/pickles, which can run code/),
       });
     }
+  });
+
+  it('refuses a file that is written to while it is read', async () => {
+    const path = join(folder, 'growing.safetensors');
+    await writeFile(path, encode(pair(CONV3, [4, 320, 3, 3], [320, 4, 1, 1], 'F16')));
+    let isReading = true;
+    const reading = openAdapter(path, SD15)
+      .catch((reason: unknown) => reason)
+      .finally(() => {
+        isReading = false;
+      });
+    for (let time = 1; isReading; time++) await utimes(path, time, time);
+    expect(await reading).toMatchObject({
+      code: 'ERR_SAFETENSORS',
+      message: expect.stringMatching(/written to while it was read/),
+    });
   });
 
   let folder = '';

@@ -8,6 +8,7 @@ import type { Layer, UNetConfig } from '../../src/unet/config.ts';
 import { detectUNet } from '../../src/unet/detect.ts';
 import { layersOf } from '../../src/unet/layers.ts';
 import { shapesOf } from '../fixtures/shapes/load.ts';
+import { type Entry, writeTensors } from '../fixtures/weights.ts';
 
 export const SD15: UNetConfig = detectUNet(shapesOf('sd15'));
 export const SDXL: UNetConfig = detectUNet(shapesOf('sdxl'));
@@ -82,3 +83,27 @@ export async function failure(
 /** The parts of a layer by their endings. */
 export const file = (id: string, shapes: Readonly<Record<string, readonly number[]>>): TensorView[] =>
   Object.entries(shapes).map(([ending, shape], i) => tensor(`${flat(id)}.${ending}`, shape, i + 1));
+
+/** Writes a LoRA of one rank, with values of its own, for the layers whose id matches. */
+export function writeAdapter(
+  path: string,
+  name: string,
+  layers: readonly Layer[],
+  rank: number,
+  ids: RegExp,
+): void {
+  const entries = layers
+    .filter(({ id }) => ids.test(id))
+    .flatMap(({ id, kind, inFeatures, outFeatures, kernel }): readonly Entry[] => {
+      const conv = kind === 'conv';
+      const entry = (part: string, shape: readonly number[]): Entry => {
+        const key = `${flat(id)}.${part}.weight`;
+        return { key, shape, from: `#${name}/${key}` };
+      };
+      return [
+        entry('lora_down', [rank, inFeatures, ...(conv ? [kernel, kernel] : [])]),
+        entry('lora_up', [outFeatures, rank, ...(conv ? [1, 1] : [])]),
+      ];
+    });
+  writeTensors(path, entries, 'F16');
+}

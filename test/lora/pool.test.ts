@@ -5,7 +5,8 @@ import { Device } from '../../src/gpu/device.ts';
 import { toF32 } from '../../src/half.ts';
 import type { Adapter } from '../../src/lora/adapter.ts';
 import { blockCount, blockSize } from '../../src/lora/blocks.ts';
-import { AdapterPool, type PlacedAdapter, type PoolOptions } from '../../src/lora/pool.ts';
+import type { PageOptions } from '../../src/lora/pages.ts';
+import { AdapterPool, type PlacedAdapter } from '../../src/lora/pool.ts';
 import { Stretches } from '../../src/lora/stretches.ts';
 import type { Layer } from '../../src/unet/config.ts';
 
@@ -93,7 +94,7 @@ describe.each(['f32', 'f16'] as const)('the pool in %s storage (software)', (sto
   });
   afterAll(() => device.close());
 
-  const poolOf = (options: PoolOptions) => new AdapterPool(device, storage, LAYERS, options);
+  const poolOf = (options: PageOptions) => new AdapterPool(device, storage, LAYERS, options);
 
   /** Reads every matrix of an adapter back out of its blocks. */
   async function check(pool: AdapterPool, adapter: Adapter, placed: PlacedAdapter): Promise<void> {
