@@ -2,9 +2,6 @@
  * Kernels at the shapes SD 1.5 gives them at 512x512, against the adapter's measured peaks. The dispatches are those of
  * the tests' cases; results are not compared here.
  */
-import { execFileSync } from 'node:child_process';
-import { writeFileSync } from 'node:fs';
-import { loadavg } from 'node:os';
 import { Device } from '../src/gpu/device.ts';
 import type { Storage } from '../src/gpu/kernel.ts';
 import { attentionCase } from '../test/kernels/attention.cases.ts';
@@ -14,8 +11,9 @@ import { gemmCase } from '../test/kernels/gemm.cases.ts';
 import type { GemmShape } from '../test/kernels/gemm_shapes.ts';
 import { groupNormCase } from '../test/kernels/group_norm.cases.ts';
 import { layerNormCase } from '../test/kernels/layer_norm.cases.ts';
+import { factsOf, writeResult } from './facts.ts';
 import { type Measured, measure } from './measure.ts';
-import { fmaCase, streamCase } from './peak.ts';
+import { peaksOf, rateOf } from './peak.ts';
 
 export interface KernelBenchOptions {
   readonly json?: string | undefined;
@@ -26,11 +24,18 @@ export interface KernelBenchOptions {
 }
 
 const gemm = (m: number, channels: number, n: number, more: Partial<GemmShape> = {}): Case =>
-  gemmCase({ name: `gemm ${m}x${channels}x${n}${more.lora ? ' + rank 16' : ''}`, m, channels, n, ...more });
-
-const conv = (channels: number, side: number): Case =>
   gemmCase({
-    name: `conv 3x3 ${channels}@${side}x${side}`,
+    name: `gemm ${m}x${channels}x${n}${more.lora ? ' + rank 16' : ''}${more.blocks ? ' q8_0' : ''}`,
+    m,
+    channels,
+    n,
+    ...more,
+  });
+
+const conv = (channels: number, side: number, blocks = false): Case =>
+  gemmCase({
+    name: `conv 3x3 ${channels}@${side}x${side}${blocks ? ' q8_0' : ''}`,
+    blocks,
     channels,
     n: channels,
     conv: { srcHeight: side, srcWidth: side, inHeight: side, inWidth: side, stride: 1 },
@@ -55,9 +60,12 @@ const CASES: readonly (readonly ['flops' | 'bytes', Case])[] = [
   ['flops', gemm(4096, 320, 320)],
   ['flops', gemm(4096, 320, 320, { lora: RANK_16 })],
   ['flops', gemm(4096, 320, 2560)],
+  ['flops', gemm(1024, 1280, 1280, { blocks: true })],
+  ['flops', gemm(4096, 320, 320, { blocks: true })],
   ['flops', conv(320, 64)],
   ['flops', conv(640, 32)],
   ['flops', conv(1280, 16)],
+  ['flops', conv(640, 32, true)],
   ['flops', attention(1024, 80)],
   ['flops', attention(4096, 40)],
   ['flops', attention(4096, 40, 77)],
@@ -66,18 +74,7 @@ const CASES: readonly (readonly ['flops' | 'bytes', Case])[] = [
   ['bytes', gegluCase({ name: 'geglu 4096x1280', rows: 4096, inner: 1280 })],
 ];
 
-const git = (...args: string[]): string => {
-  try {
-    return execFileSync('git', args, { encoding: 'utf8' }).trim();
-  } catch {
-    return '';
-  }
-};
-
-export const commit = (): string =>
-  (git('rev-parse', '--short', 'HEAD') || 'unknown') + (git('status', '--porcelain') ? ' + changes' : '');
-
-interface Row extends Measured {
+export interface Row extends Measured {
   readonly name: string;
   readonly storage: Storage;
   /** GFLOP/s or GB/s by the median, and what share of the adapter's measured peak that is. */
@@ -88,9 +85,6 @@ interface Row extends Measured {
   readonly coreRate: number | undefined;
   readonly coreShare: number | undefined;
 }
-
-const rateOf = (by: 'flops' | 'bytes', measured: Measured, ms: number): number =>
-  (by === 'flops' ? measured.flops : measured.bytes) / ms / 1e6;
 
 function show(row: Row): void {
   const core =
@@ -103,31 +97,14 @@ function show(row: Row): void {
   );
 }
 
-async function peaks(device: Device): Promise<Record<'flops' | 'bytes', Measured>> {
-  const { software } = device.capabilities;
-  const budgetMs = 400;
-  return {
-    flops: await measure(device, software ? fmaCase(256, 512) : fmaCase(65535, 64), 'f32', { budgetMs }),
-    bytes: await measure(device, streamCase(software ? 8192 : 16384), 'f32', { budgetMs }),
-  };
-}
-
 export async function benchKernels(options: KernelBenchOptions): Promise<void> {
   const device = await Device.open({ adapter: options.adapter });
-  const facts = { device: device.adapter.name, backend: device.adapter.backend, commit: commit() };
-  console.log(`device ${facts.device}, backend ${facts.backend}, commit ${facts.commit}`);
-  if (device.capabilities.software)
-    console.log(`load average ${loadavg()[0]?.toFixed(1)}; the last columns count processor time instead`);
-  const peak = await peaks(device);
-  for (const by of ['flops', 'bytes'] as const)
-    console.log(
-      `${by === 'flops' ? 'multiply-add peak' : 'copy rate'}: ${rateOf(by, peak[by], peak[by].ms).toFixed(1)}` +
-        (peak[by].coreMs ? ` (by processor time ${rateOf(by, peak[by], peak[by].coreMs).toFixed(1)})` : '') +
-        (by === 'flops' ? ' GFLOP/s' : ' GB/s'),
-    );
+  const facts = factsOf(device.adapter);
+  if (device.capabilities.software) console.log('the last columns count processor time instead');
+  const peak = await peaksOf(device);
   const rows: Row[] = [];
   for (const [by, one] of CASES.filter(([, { name }]) => options.filter?.test(name) ?? true))
-    for (const storage of options.storages) {
+    for (const storage of options.storages.filter((s) => one.storages?.includes(s) ?? true)) {
       const forced = options.variant && options.variant in one.kernel.variants ? options.variant : undefined;
       const measured = await measure(device, one, storage, { variant: forced, budgetMs: 1500 });
       const rate = rateOf(by, measured, measured.ms);
@@ -145,6 +122,6 @@ export async function benchKernels(options: KernelBenchOptions): Promise<void> {
       });
       show(rows.at(-1)!);
     }
-  if (options.json) writeFileSync(options.json, `${JSON.stringify({ ...facts, peak, rows }, null, 2)}\n`);
+  writeResult(options.json, 'kernels', facts, { peak, rows });
   device.close();
 }

@@ -7,8 +7,8 @@ import { loadavg } from 'node:os';
 import { Engine } from '../src/engine/engine.ts';
 import type { LoraUse, StepRequest } from '../src/engine/types.ts';
 import { trafficOf } from '../test/gpu/traffic.ts';
+import { commit } from './facts.ts';
 import { type AdapterShape, adapterFile, arithmeticOf, modelFile, stepOf } from './full-size.ts';
-import { commit } from './kernels.ts';
 import { inPairs, type Pairs, pairsOf, type Ratio, type Sample, sample } from './pairs.ts';
 
 export interface LoraBenchOptions {

@@ -1,8 +1,16 @@
 /** The benchmark's command line: `npm run bench kernels -- [--filter RE] [--json FILE] ...`. Measures nothing itself. */
 import { Command, Option } from 'commander';
+import { FULL_MODELS } from './full-size.ts';
 import { benchKernels } from './kernels.ts';
 import { benchLora } from './lora.ts';
+import { benchPeers } from './peers.ts';
+import { report } from './report.ts';
+import { benchServer } from './server.ts';
 import { benchTransport } from './transport.ts';
+import { benchUNet } from './unet.ts';
+
+const counts = (text: string): readonly number[] => text.split(',').map(Number);
+const models = Object.keys(FULL_MODELS);
 
 const program = new Command('bench').description('Benchmarks; each prints device, driver and commit.');
 
@@ -25,6 +33,20 @@ program
   });
 
 program
+  .command('unet')
+  .description('forwards of a full-size UNet: time by kernel, dispatches, encoding, share of the peak')
+  .addOption(new Option('--model <name>', 'which UNet').choices(models).default('sd15'))
+  .option('--size <pixels,...>', 'latent pixels a side', counts, [16, 32, 64])
+  .option('--batch <images,...>', 'images of a forward', counts, [1, 2, 4])
+  .option('--rounds <count>', 'how many forwards of each', Number, 5)
+  .addOption(new Option('--storage <dtype>', 'how tensors are stored').choices(['f32', 'f16']).default('f16'))
+  .option('--json <file>', 'also write the numbers there')
+  .option('--adapter <name>', 'part of the name of the adapter')
+  .action(async ({ size, batch, ...options }) => {
+    await benchUNet({ ...options, sizes: size, batches: batch });
+  });
+
+program
   .command('lora')
   .description('what LoRAs cost on a full-size SD 1.5 forward: by rank, in mixed batches, when switched')
   .option('--size <pixels>', 'latent pixels a side', Number, 32)
@@ -38,9 +60,41 @@ program
   });
 
 program
+  .command('peers')
+  .description('the same works by onnxruntime, PyTorch and ncnn on this machine, which it installs, and here')
+  .option('--filter <pattern>', 'only works whose name matches this regular expression')
+  .option('--peers <pattern>', 'only peers whose name matches this regular expression')
+  .option('--rounds <count>', 'how many times each runs', Number, 5)
+  .option('--json <file>', 'also write the numbers there')
+  .option('--adapter <name>', 'part of the name of the adapter; the peers take the first')
+  .action(async ({ filter, peers, ...options }) => {
+    await benchPeers({ ...options, filter: new RegExp(filter ?? ''), peers: new RegExp(peers ?? '', 'i') });
+  });
+
+program
+  .command('server')
+  .description(
+    'a server under 1 to 8 clients: requests a second, latencies, batches, cost beside the forward',
+  )
+  .addOption(new Option('--model <name>', 'which UNet').choices(['demo', ...models]).default('demo'))
+  .option('--size <pixels>', 'latent pixels a side', Number, 16)
+  .option('--images <count>', 'images of one request', Number, 2)
+  .option('--clients <count,...>', 'how many clients at once', counts, [1, 2, 4, 8])
+  .option('--seconds <count>', 'how long each round of each', Number, 5)
+  .option('--rounds <count>', 'how many rounds', Number, 2)
+  .option('--json <file>', 'also write the numbers there')
+  .option('--adapter <name>', 'part of the name of the adapter')
+  .action(benchServer);
+
+program
   .command('transport')
   .description("what a step of the ComfyUI pack's client costs beyond its forward, on the loopback address")
   .option('--steps <count>', 'how many steps to time', Number, 500)
   .action((options: { readonly steps: number }) => benchTransport(options.steps));
+
+program
+  .command('report')
+  .description('write the tables and plots of docs/PERFORMANCE.md from bench/results/*.json')
+  .action(report);
 
 await program.parseAsync();

@@ -47,7 +47,7 @@ export function pairsOf(samples: readonly (readonly [a: Sample, b: Sample])[]): 
   };
 }
 
-function ratioOf(ratios: readonly number[]): Ratio {
+export function ratioOf(ratios: readonly number[]): Ratio {
   const sorted = [...ratios].sort((a, b) => a - b);
   return { median: quantile(sorted, 0.5), low: quantile(sorted, 0.25), high: quantile(sorted, 0.75) };
 }

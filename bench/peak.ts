@@ -1,6 +1,8 @@
-/** What an adapter can do at most: its f32 multiply-add rate and its copy rate, as cases the benchmark times. No model. */
+/** What an adapter can do at most: its f32 multiply-add rate and its copy rate, as cases, and their measurement. No model. */
+import type { Device } from '../src/gpu/device.ts';
 import { defineKernel, type Kernel } from '../src/gpu/kernel.ts';
 import type { Case } from '../test/kernels/case.ts';
+import { type Measured, measure } from './measure.ts';
 
 export const fma: Kernel = defineKernel({
   name: 'bench_fma',
@@ -64,3 +66,29 @@ export const streamCase = (groups: number): Case => ({
     ],
   }),
 });
+
+/** What bounds a kernel. */
+export type Bound = 'flops' | 'bytes';
+
+/** GFLOP/s or GB/s. */
+export const rateOf = (by: Bound, measured: Pick<Measured, Bound>, ms: number): number =>
+  measured[by] / ms / 1e6;
+
+/** Prints them too. */
+export async function peaksOf(device: Device): Promise<Readonly<Record<Bound, Measured>>> {
+  const { software } = device.capabilities;
+  const budgetMs = 400;
+  const peak = {
+    flops: await measure(device, software ? fmaCase(256, 512) : fmaCase(65535, 64), 'f32', { budgetMs }),
+    bytes: await measure(device, streamCase(software ? 8192 : 16384), 'f32', { budgetMs }),
+  };
+  for (const [by, name, unit] of [
+    ['flops', 'multiply-add peak', 'GFLOP/s'],
+    ['bytes', 'copy rate', 'GB/s'],
+  ] as const) {
+    const { ms, coreMs } = peak[by];
+    const core = coreMs ? ` (by processor time ${rateOf(by, peak[by], coreMs).toFixed(1)})` : '';
+    console.log(`${name}: ${rateOf(by, peak[by], ms).toFixed(1)}${core} ${unit}`);
+  }
+  return peak;
+}

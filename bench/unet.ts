@@ -1,0 +1,213 @@
+/**
+ * Forwards of the full-size UNets: time, share of the adapter's peak and of its roofline, what each family of kernels takes,
+ * and what encoding costs on the CPU.
+ */
+import { cpus } from 'node:os';
+import { Engine } from '../src/engine/engine.ts';
+import { Device } from '../src/gpu/device.ts';
+import type { Capabilities, Storage } from '../src/gpu/kernel.ts';
+import type { Timing } from '../src/gpu/plan.ts';
+import { baseDispatches, drafted, familyOf, leastBytes } from './draft.ts';
+import { encodingOf } from './encoding.ts';
+import { factsOf, writeResult } from './facts.ts';
+import { CONFIGS, FULL_MODELS, type FullModel, modelFile, shapeOf, stepOf } from './full-size.ts';
+import { driverCpuMs, type Measured, median, quantile } from './measure.ts';
+import { peaksOf, rateOf } from './peak.ts';
+
+export interface UNetBenchOptions {
+  readonly model: FullModel;
+  readonly sizes: readonly number[];
+  readonly batches: readonly number[];
+  readonly storage: Storage;
+  readonly rounds: number;
+  readonly json?: string | undefined;
+  readonly adapter?: string | undefined;
+}
+
+/** Profiled forwards, of which each dispatch counts by its median. */
+const PROFILES = 3;
+
+interface Family {
+  readonly name: string;
+  readonly dispatches: number;
+  readonly ms: number;
+  readonly flops: number;
+  /** Operands of every dispatch counted once. */
+  readonly bytes: number;
+  /** Least time by the measured peaks, the larger of arithmetic and memory for each dispatch. */
+  readonly rooflineMs: number;
+}
+
+interface Row {
+  readonly model: FullModel;
+  readonly size: number;
+  readonly batch: number;
+  readonly storage: Storage;
+  /** From tensors in memory to the result in memory. */
+  readonly wallMs: number;
+  readonly gpuMs: number;
+  readonly spreadMs: number;
+  /** Processor time of a software driver's threads over all cores: what an idle machine would take. */
+  readonly coreMs: number | undefined;
+  readonly flops: number;
+  readonly dispatches: number;
+  readonly encodeUs: number;
+  readonly submitMs: number;
+  readonly rooflineMs: number;
+  readonly families: readonly Family[];
+}
+
+/** Peaks in FLOP and bytes per millisecond. */
+interface Rates {
+  readonly flops: number;
+  readonly bytes: number;
+}
+
+interface Peaks extends Rates {
+  readonly capabilities: Capabilities;
+}
+
+export interface UNetResult {
+  readonly loadMs: number;
+  readonly rates: Rates;
+  readonly rows: readonly Row[];
+}
+
+/** By processor time on a software adapter, as the forwards are. */
+async function measurePeaks(device: Device): Promise<Peaks> {
+  const { flops, bytes } = await peaksOf(device);
+  const msOf = ({ ms, coreMs }: Measured): number => coreMs ?? ms;
+  const { capabilities } = device;
+  return { capabilities, flops: flops.flops / msOf(flops), bytes: bytes.bytes / msOf(bytes) };
+}
+
+/**
+ * The dispatches of profiled forwards by kernel, with what the plan says of them. `ms` is what the whole forward takes: each
+ * dispatch gets its share, since a pass of its own costs each some microseconds, and others may use the machine meanwhile.
+ */
+function familiesOf(
+  profiles: readonly (readonly Timing[])[],
+  ms: number,
+  { model, storage }: UNetBenchOptions,
+  shape: ReturnType<typeof shapeOf>,
+  peaks: Peaks,
+): readonly Family[] {
+  const dispatches = baseDispatches(drafted(CONFIGS[model], shape, storage, peaks.capabilities));
+  const [timings] = profiles as readonly [readonly Timing[]];
+  if (dispatches.length !== timings.length)
+    throw new Error(
+      `the engine ran ${timings.length} dispatches, the plan drafted here has ${dispatches.length}`,
+    );
+  const medians = timings.map((_, i) => median(profiles.map((profile) => profile[i]!.ms)));
+  const scale = ms / medians.reduce((sum, took) => sum + took, 0);
+  const families = new Map<string, Family>();
+  for (const [i, dispatch] of dispatches.entries()) {
+    const { label } = timings[i]!;
+    if (label !== dispatch.label)
+      throw new Error(`dispatch ${i} is "${label}", the plan drafted here has "${dispatch.label}"`);
+    const name = familyOf(dispatch);
+    const bytes = leastBytes(dispatch);
+    const before = families.get(name) ?? { name, dispatches: 0, ms: 0, flops: 0, bytes: 0, rooflineMs: 0 };
+    families.set(name, {
+      name,
+      dispatches: before.dispatches + 1,
+      ms: before.ms + medians[i]! * scale,
+      flops: before.flops + dispatch.flops,
+      bytes: before.bytes + bytes,
+      rooflineMs: before.rooflineMs + Math.max(dispatch.flops / peaks.flops, bytes / peaks.bytes),
+    });
+  }
+  return [...families.values()].sort((a, b) => b.ms - a.ms);
+}
+
+async function measureForward(
+  engine: Engine,
+  options: UNetBenchOptions,
+  [size, batch]: readonly [number, number],
+  peaks: Peaks,
+): Promise<Row> {
+  const { model, storage, rounds } = options;
+  const request = { model, requests: [stepOf(batch, size, model)] };
+  // The first compiles and binds.
+  await engine.forward(request);
+  const runs: { wall: number; gpu: number; core: number; encode: number; submit: number }[] = [];
+  for (let round = 0; round < rounds; round++) {
+    const core = driverCpuMs();
+    const begun = performance.now();
+    const [{ encodeMs, submitMs }, { gpuMs }] = await encodingOf(() => engine.forward(request));
+    const wall = performance.now() - begun;
+    const spent = core === undefined ? Number.NaN : (driverCpuMs() ?? Number.NaN) - core;
+    runs.push({ wall, gpu: gpuMs, core: spent / cpus().length, encode: encodeMs, submit: submitMs });
+  }
+  const of = (what: keyof (typeof runs)[number]): number => median(runs.map((run) => run[what]));
+  const gpus = runs.map(({ gpu }) => gpu).sort((a, b) => a - b);
+  const coreMs = peaks.capabilities.software && !Number.isNaN(of('core')) ? of('core') : undefined;
+  const profiles: (readonly Timing[])[] = [];
+  for (let round = 0; round < PROFILES; round++) profiles.push(await engine.profile(request));
+  const families = familiesOf(profiles, coreMs ?? of('gpu'), options, shapeOf(batch, size), peaks);
+  const sum = (what: 'dispatches' | 'flops' | 'rooflineMs'): number =>
+    families.reduce((total, family) => total + family[what], 0);
+  const dispatches = sum('dispatches');
+  return {
+    ...{ model, size, batch, storage, coreMs, dispatches, families },
+    wallMs: of('wall'),
+    gpuMs: of('gpu'),
+    spreadMs: quantile(gpus, 0.75) - quantile(gpus, 0.25),
+    flops: sum('flops'),
+    encodeUs: (of('encode') * 1000) / dispatches,
+    submitMs: of('submit'),
+    rooflineMs: sum('rooflineMs'),
+  };
+}
+
+const percent = (share: number): string => `${(share * 100).toFixed(0)} %`;
+
+function show(row: Row, peaks: Peaks): void {
+  const { model, size, batch, wallMs, gpuMs, spreadMs, coreMs, flops, families } = row;
+  const speed = (ms: number): string =>
+    `${rateOf('flops', { flops, bytes: 0 }, ms).toFixed(1)} GFLOP/s, ${percent(flops / ms / peaks.flops)} of the peak, ` +
+    `${percent(row.rooflineMs / ms)} of the roofline`;
+  console.log(`\n${FULL_MODELS[model]}, latents ${size}x${size}, batch ${batch}, ${row.storage}`);
+  console.log(
+    `  ${wallMs.toFixed(0)} ms, on the GPU ${gpuMs.toFixed(0)} ± ${spreadMs.toFixed(0)} ms: ` +
+      `${(flops / 1e9).toFixed(0)} GFLOP at ${speed(gpuMs)}`,
+  );
+  if (coreMs !== undefined) console.log(`  by processor time ${coreMs.toFixed(0)} ms: ${speed(coreMs)}`);
+  console.log(
+    `  ${row.dispatches} dispatches, encoded in ${row.encodeUs.toFixed(1)} us each, submitted in ${row.submitMs.toFixed(1)} ms`,
+  );
+  const total = families.reduce((sum, { ms }) => sum + ms, 0);
+  for (const { name, dispatches, ms: took, flops: work, bytes, rooflineMs } of families)
+    console.log(
+      `  ${name.padEnd(14)}${String(dispatches).padStart(5)}${took.toFixed(1).padStart(10)} ms ${percent(took / total).padStart(5)}` +
+        `${(work / took / 1e6).toFixed(1).padStart(9)} GFLOP/s${(bytes / took / 1e6).toFixed(1).padStart(7)} GB/s` +
+        `${percent(rooflineMs / took).padStart(8)} of the roofline`,
+    );
+}
+
+export async function benchUNet(options: UNetBenchOptions): Promise<void> {
+  const { model, sizes, batches, storage, adapter } = options;
+  const device = await Device.open({ adapter });
+  const facts = factsOf(device.adapter);
+  const peaks = await measurePeaks(device);
+  device.close();
+  const rates = { flops: peaks.flops, bytes: peaks.bytes };
+  const engine = await Engine.create(adapter ? { adapter } : {});
+  const rows: Row[] = [];
+  try {
+    const file = modelFile(model);
+    const begun = performance.now();
+    await engine.loadModel(file, storage);
+    const loadMs = performance.now() - begun;
+    console.log(`${file.path} loaded in ${(loadMs / 1000).toFixed(1)} s`);
+    for (const size of sizes)
+      for (const batch of batches) {
+        rows.push(await measureForward(engine, options, [size, batch], peaks));
+        show(rows.at(-1)!, peaks);
+        // What has been measured stays, however long the rest takes.
+        writeResult(options.json, 'unet', facts, { loadMs, rates, rows } satisfies UNetResult);
+      }
+  } finally {
+    await engine.close();
+  }
+}
