@@ -4,8 +4,8 @@ import { defineConfig, type ViteUserConfig } from 'vitest/config';
 const config: ViteUserConfig = defineConfig({
   test: {
     include: ['test/**/*.test.ts'],
-    // These need more than a machine as it is: PyTorch's references, a browser, HAProxy. They have runs of their own.
-    exclude: ['test/full/**', 'test/comfyui/**', 'test/monitor/**', 'test/scale/**'],
+    // These need more than a machine as it is: PyTorch's references, a browser, HAProxy, a registry. They have runs of their own.
+    exclude: ['test/full/**', 'test/comfyui/**', 'test/monitor/**', 'test/scale/**', 'test/ops/**'],
     pool: 'forks',
     fileParallelism: false,
     testTimeout: 120_000,

@@ -181,7 +181,7 @@ export class Client {
     const digest = digestOf(tensors);
     const missing = await (kind === 'model' ? this.modelHas([digest]) : this.loraHas([digest]));
     if (missing.length > 0) {
-      const parts = cutParts(tensors, Math.min(this.hello.limits.maxMessageBytes, 64 * 1024 * 1024));
+      const parts = cutParts(tensors, this.hello.limits.maxMessageBytes);
       for (const [part, piece] of parts.entries()) {
         const fields = { digest, part, parts: parts.length };
         await this.#connection.request(`${kind}.put`, fields, { tensors: piece });

@@ -20,7 +20,7 @@ export const ERRORS = {
   ERR_UNKNOWN_MODEL: 'No model of that name or digest is known.',
   ERR_MODEL_NOT_LOADED: 'The model is known but not loaded, and the request needs it loaded.',
   ERR_MODEL_INVALID: 'The file is no UNet this program knows: tensors are missing or have the wrong shape.',
-  ERR_MODEL_BUSY: 'The model is in use by running requests.',
+  ERR_MODEL_BUSY: 'The model is in use by running requests, or by another connection in another storage.',
   ERR_UNKNOWN_LORA: 'No LoRA of that name or digest is known.',
   ERR_LORA_INVALID: 'The LoRA file is malformed: a matrix is missing, or its shapes do not fit each other.',
   ERR_LORA_UNSUPPORTED: 'The LoRA file holds an adapter kind this server does not apply.',

@@ -2,11 +2,12 @@
  * A client of several servers that do the same work, or of one behind a balancer: uses one connection, and when that ends
  * connects to the next address and sends what was open again. A forward is pure, so it may run twice.
  */
+import { setTimeout as sleep } from 'node:timers/promises';
 import { Client, type ConnectOptions, type ForwardRequest, type ForwardResult } from './client.ts';
 import { UnetdError } from './errors.ts';
 
 export interface FailoverOptions extends ConnectOptions {
-  /** How long a request waits for any server at all; 60,000 ms unless told. */
+  /** How long a request waits for any server at all, or any whose engine runs; 60,000 ms unless told. */
   readonly patienceMs?: number;
   /** How often a request is sent before its failure counts as its own; 5 unless told. */
   readonly attempts?: number;
@@ -14,8 +15,7 @@ export interface FailoverOptions extends ConnectOptions {
   readonly prepare?: (client: Client) => Promise<void>;
 }
 
-/** The server or the way to it is at its end, not the request at fault. */
-const ELSEWHERE: ReadonlySet<string> = new Set(['ERR_DISCONNECTED', 'ERR_SHUTTING_DOWN']);
+const PATIENCE_MS = 60_000;
 const FIRST_PAUSE_MS = 50;
 const MAX_PAUSE_MS = 2000;
 
@@ -48,27 +48,32 @@ export class FailoverClient {
     return Promise.reject(new UnetdError('ERR_BAD_REQUEST', message));
   }
 
-  /** Does something on a connection, and again on another where that ends before the answer. */
+  /** Does something on a connection, and again on another where that ends before the answer, or its server cannot compute now. */
   async run<Value>(work: (client: Client) => Promise<Value>, signal?: AbortSignal): Promise<Value> {
-    const { attempts = 5 } = this.#options;
-    for (let attempt = 1; ; attempt += 1) {
+    const { attempts = 5, patienceMs = PATIENCE_MS } = this.#options;
+    const deadline = performance.now() + patienceMs;
+    const met = { end: 0, outage: 0 };
+    for (;;) {
       if (this.#closed) throw new UnetdError('ERR_DISCONNECTED', 'This client was closed.');
       const connection = this.#connection();
       const client = await connection;
       try {
         return await work(client);
       } catch (error) {
-        const { code, details } = UnetdError.from(error);
-        if (signal?.aborted) throw error;
-        if (code === 'ERR_BUSY') {
-          attempt -= 1;
-          await pause(Number(details.retryAfterMs ?? FIRST_PAUSE_MS));
+        const { fault, retryAfterMs } = diagnose(error);
+        if (signal?.aborted || fault === 'request') throw error;
+        if (fault === 'busy') {
+          await pause(retryAfterMs, signal);
           continue;
         }
-        if (!ELSEWHERE.has(code) || attempt >= attempts) throw error;
+        met[fault] += 1;
+        if (met.end >= attempts || (fault === 'outage' && performance.now() > deadline)) throw error;
         this.#resent += 1;
-        // Other requests may still be answered there, and a server that shuts down closes it.
-        if (this.#current === connection) this.#current = null;
+        this.#leave(connection);
+        if (fault === 'end') continue;
+        // What else is open there meets the same answer, or is sent again too.
+        void client.close();
+        if (met.outage % this.#urls.length === 0) await pause(Math.min(retryAfterMs, MAX_PAUSE_MS), signal);
       }
     }
   }
@@ -84,16 +89,19 @@ export class FailoverClient {
     if (this.#current === null) {
       const connecting = this.#connect();
       this.#current = connecting;
-      connecting.catch(() => {
-        if (this.#current === connecting) this.#current = null;
-      });
+      connecting.catch(() => this.#leave(connecting));
     }
     return this.#current;
   }
 
+  /** The next request goes elsewhere. Others may still be answered there, and a server that shuts down closes the connection. */
+  #leave(connection: Promise<Client>): void {
+    if (this.#current === connection) this.#current = null;
+  }
+
   /** The first address that answers, in turns until there is no patience left. */
   async #connect(): Promise<Client> {
-    const { patienceMs = 60_000, prepare } = this.#options;
+    const { patienceMs = PATIENCE_MS, prepare } = this.#options;
     const deadline = performance.now() + patienceMs;
     for (let round = 0; ; round += 1) {
       let failure: unknown;
@@ -108,7 +116,7 @@ export class FailoverClient {
         } catch (error) {
           void client?.close();
           failure = error;
-          if (!ELSEWHERE.has(UnetdError.from(error).code)) throw error;
+          if (!['end', 'outage'].includes(diagnose(error).fault)) throw error;
         }
       }
       if (this.#closed || performance.now() > deadline) throw failure;
@@ -117,7 +125,21 @@ export class FailoverClient {
   }
 }
 
-/** Up to half as long again, so that many clients do not come back at once. */
-function pause(ms: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, ms * (1 + Math.random() / 2)));
+type Fault = 'request' | 'busy' | 'end' | 'outage';
+
+/** What an error says: the request is at fault, the server has too much to do, is at its end, or has no engine now. */
+function diagnose(error: unknown): { readonly fault: Fault; readonly retryAfterMs: number } {
+  const { code, details } = UnetdError.from(error);
+  const { retryAfterMs } = details;
+  let fault: Fault = 'request';
+  if (code === 'ERR_BUSY') fault = 'busy';
+  else if (code === 'ERR_DISCONNECTED' || code === 'ERR_SHUTTING_DOWN') fault = 'end';
+  // Without a hint it is this request that ended engines: it would end another one elsewhere.
+  else if (code === 'ERR_ENGINE_DOWN' && retryAfterMs !== undefined) fault = 'outage';
+  return { fault, retryAfterMs: Number(retryAfterMs ?? FIRST_PAUSE_MS) };
+}
+
+/** Up to half as long again, so that many clients do not come back at once; over at once where `signal` aborts. */
+async function pause(ms: number, signal?: AbortSignal): Promise<void> {
+  await sleep(ms * (1 + Math.random() / 2), undefined, { signal }).catch(() => {});
 }

@@ -123,7 +123,7 @@ export function screen(past: readonly ServerStats[], columns: number): readonly 
 type Growth = (of: (stats: ServerStats) => number) => number;
 
 function summary(now: ServerStats, growth: Growth): readonly string[] {
-  const { forwards, latencyMs, queue, traffic } = now;
+  const { forwards, incoming, latencyMs, queue, traffic } = now;
   const { device, memory, turnover } = now.engine;
   const used = memory.weightBytes + memory.adapterBytes + memory.arenaBytes;
   const budget = memory.budgetBytes < NO_LIMIT ? ` of ${sizeText(memory.budgetBytes)}` : '';
@@ -135,7 +135,8 @@ function summary(now: ServerStats, growth: Growth): readonly string[] {
       `latency ${durationText(latencyMs.p50)}, 95 % ${durationText(latencyMs.p95)}  images/batch ${forwards.meanBatchImages.toFixed(2)}`,
     `waiting ${queue.requests} of ${countText(queue.limit)}  running ${queue.running}  connections ${now.connections}  ` +
       `in ${sizeText(traffic.receivedBytes)}  out ${sizeText(traffic.sentBytes)}  engine restarts ${now.restarts}`,
-    `forwards ${countText(forwards.completed)} done, ${countText(forwards.failed)} failed, ${countText(forwards.cancelled)} cancelled`,
+    `forwards ${countText(forwards.completed)} done, ${countText(forwards.failed)} failed, ${countText(forwards.cancelled)} cancelled  ` +
+      `requests hold ${sizeText(incoming.bytes)} of ${sizeText(incoming.limitBytes)}`,
     `memory ${sizeText(used)}${budget}: weights ${sizeText(memory.weightBytes)}, LoRAs ${sizeText(memory.adapterBytes)}, ` +
       `activations ${sizeText(memory.arenaBytes)}  peak ${sizeText(memory.peakBytes)}`,
     `LoRAs loaded ${turnover.adapterLoads}, made room ${turnover.adapterEvictions}  ` +

@@ -1,5 +1,5 @@
 /**
- * `unetd serve` from source as a process of its own, and loopback ports to put it on. It ends with the tests at the latest. What is
+ * `unetd serve` as a process of its own, from source or not, and loopback ports to put it on. It ends with the tests at the latest. What is
  * asked of the server is its users' business.
  */
 import { type ChildProcess, spawn } from 'node:child_process';
@@ -19,12 +19,20 @@ export interface Launched {
   readonly exited: Promise<number | null>;
 }
 
-/** Waits until it listens; rejects with what it printed where it ends before that. No token of the environment reaches it. */
-export async function launch(...args: readonly string[]): Promise<Launched> {
-  const { UNETD_TOKEN: _token, ...env } = process.env;
-  const child = spawn(process.execPath, ['--import', 'tsx', 'src/cli.ts', 'serve', ...args], {
-    cwd: ROOT,
-    env,
+/** Waits until it listens; rejects with what it printed where it ends before that. */
+export function launch(...args: readonly string[]): Promise<Launched> {
+  return launchCommand([process.execPath, '--import', 'tsx', 'src/cli.ts', 'serve', ...args], { cwd: ROOT });
+}
+
+/** Any command that serves. No token of the environment reaches it but one in `env`. */
+export async function launchCommand(
+  [program = '', ...args]: readonly string[],
+  { cwd, env = {} }: { readonly cwd: string; readonly env?: Readonly<Record<string, string>> },
+): Promise<Launched> {
+  const { UNETD_TOKEN: _token, ...inherited } = process.env;
+  const child = spawn(program, args, {
+    cwd,
+    env: { ...inherited, ...env },
     stdio: ['ignore', 'pipe', 'pipe'],
   });
   const exited = endOf(child);

@@ -1,9 +1,10 @@
 /**
  * The engine in a process of its own, so that a crash of the GPU driver ends that process and not the server: restarts it with
- * back-off, loads again what was loaded, and runs what was in flight once more. Does no computing itself.
+ * back-off, loads again what was loaded (`inventory.ts`), and runs what was in flight once more. Does no computing itself.
  */
 import { UnetdError } from '../errors.ts';
 import { Child, type ChildOptions } from './child-process.ts';
+import { Inventory } from './inventory.ts';
 import type { CallArguments, EngineMethod } from './messages.ts';
 import { Patience } from './patience.ts';
 import type {
@@ -39,19 +40,11 @@ interface Call {
   attempts: number;
 }
 
-interface LoadedModel {
-  readonly source: FileSource;
-  readonly dtype: 'auto' | StorageDtype;
-  readonly adapters: Map<string, FileSource>;
-  /** Processes that ended while they loaded it again. */
-  ends: number;
-}
-
 const BACKOFF_MS = 250;
 const MAX_BACKOFF_MS = 30_000;
 /** A process that lived this long counts as healthy, as does one that ran a forward: the next pause is the first one again. */
 const HEALTHY_MS = 60_000;
-/** Processes that may end over one call, or over loading one model again. */
+/** Processes that may end over one call. */
 const MAX_ENDS = 2;
 
 export class EngineProcess implements EngineApi, EngineHealth {
@@ -69,7 +62,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
   /** Calls that wait for a process that answers. */
   readonly #waiting: Call[] = [];
   readonly #inFlight = new Set<Call>();
-  readonly #models = new Map<string, LoadedModel>();
+  readonly #inventory = new Inventory();
 
   private constructor(options: EngineProcessOptions, child: Child) {
     this.#options = options;
@@ -103,15 +96,13 @@ export class EngineProcess implements EngineApi, EngineHealth {
 
   async loadModel(source: FileSource, dtype: 'auto' | StorageDtype, progress?: Progress): Promise<ModelInfo> {
     const info = (await this.#call('loadModel', [source, dtype], progress)) as ModelInfo;
-    const held = this.#models.get(source.name);
-    const isSame = held?.source.version === source.version && (dtype === 'auto' || dtype === held.dtype);
-    if (!isSame) this.#models.set(source.name, { source, dtype, adapters: new Map(), ends: 0 });
+    this.#inventory.add(source, dtype);
     return info;
   }
 
   async unloadModel(model: string): Promise<void> {
     const restarts = this.#restarts;
-    this.#models.delete(model);
+    this.#inventory.remove(model);
     try {
       await this.#call('unloadModel', [model]);
     } catch (error) {
@@ -122,7 +113,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
 
   async loadAdapter(source: FileSource, model: string): Promise<AdapterInfo> {
     const info = (await this.#call('loadAdapter', [source, model])) as AdapterInfo;
-    this.#models.get(model)?.adapters.set(source.name, source);
+    this.#inventory.addAdapter(model, source);
     return info;
   }
 
@@ -223,7 +214,9 @@ export class EngineProcess implements EngineApi, EngineHealth {
     } catch (error) {
       return this.#failToStart(UnetdError.from(error).message);
     }
-    if (!this.#closed) await this.#reload(child);
+    const limitMs = this.#patience.limitMs(child.device, null);
+    const log = (line: string): void => this.#options.log?.(line);
+    if (!this.#closed) await this.#inventory.loadInto(child, limitMs, log);
     if (this.#closed) return void child.close();
     if (child.hasExited) return this.#failToStart('it ended again while it loaded its models');
     this.#outage = null;
@@ -232,7 +225,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
     this.#device = child.device;
     void child.exited.then((reason) => this.#onExit(child, reason));
     const ms = Math.round(performance.now() - started);
-    this.#options.log?.(`engine process runs again: ${this.#models.size} models loaded again, in ${ms} ms`);
+    log(`engine process runs again: ${this.#inventory.size} models loaded again, in ${ms} ms`);
     for (const call of this.#waiting.splice(0)) void this.#send(child, call);
   }
 
@@ -243,37 +236,6 @@ export class EngineProcess implements EngineApi, EngineHealth {
     this.#options.log?.(`engine process could not be started: ${reason}; trying again in ${pauseMs} ms`);
     this.#outage = { reason, until: performance.now() + pauseMs };
     this.#rejectAll(out(this.#outage));
-  }
-
-  /** What cannot be loaded any more is forgotten: the next forward that needs it meets ERR_MODEL_NOT_LOADED. */
-  async #reload(child: Child): Promise<void> {
-    const limitMs = this.#patience.limitMs(child.device, null);
-    const load = async (method: EngineMethod, args: CallArguments): Promise<string | null> => {
-      try {
-        await child.call(method, args, undefined, limitMs);
-        return null;
-      } catch (cause) {
-        const { code, message } = UnetdError.from(cause);
-        if (code === 'ERR_DEVICE_LOST') child.kill(message);
-        if (code === 'ERR_DEVICE_LOST') await child.exited;
-        return message;
-      }
-    };
-    for (const [name, held] of [...this.#models]) {
-      const failure = await load('loadModel', [held.source, held.dtype]);
-      held.ends = child.hasExited ? held.ends + 1 : 0;
-      if (failure !== null && (held.ends === 0 || held.ends >= MAX_ENDS)) {
-        this.#models.delete(name);
-        this.#options.log?.(`model ${name} could not be loaded again: ${failure}`);
-      }
-      if (child.hasExited) return;
-      if (failure !== null) continue;
-      for (const [lora, adapter] of [...held.adapters]) {
-        // One that ends the process is not tried again either, until a request asks for it.
-        if ((await load('loadAdapter', [adapter, name])) !== null) held.adapters.delete(lora);
-        if (child.hasExited) return;
-      }
-    }
   }
 
   #rejectAll(error: UnetdError): void {

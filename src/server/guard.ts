@@ -15,8 +15,11 @@ export interface GuardOptions {
   readonly allowOrigins: readonly string[];
 }
 
-/** Null, or why the headers are refused, with the HTTP status to say it with. */
-export type Refusal = { readonly status: 401 | 403; readonly reason: string } | null;
+/** Why a request is refused, with the HTTP status to say it with. */
+export interface Refusal {
+  readonly status: number;
+  readonly reason: string;
+}
 
 interface Headers {
   readonly host?: string | undefined;
@@ -25,7 +28,7 @@ interface Headers {
 }
 
 /** Host and Origin: keeps web pages of others from using the server through a visitor's browser. */
-export function refusePlace(headers: Headers, options: GuardOptions): Refusal {
+export function refusePlace(headers: Headers, options: GuardOptions): Refusal | null {
   const host = hostName(headers.host);
   const names = ['localhost', options.host, ...options.allowHosts].map((name) => name.toLowerCase());
   // A page can rebind a DNS name to this address, but not a literal address.
@@ -45,7 +48,7 @@ export function refusePlace(headers: Headers, options: GuardOptions): Refusal {
   };
 }
 
-export function refuseToken(headers: Headers, token: string | undefined): Refusal {
+export function refuseToken(headers: Headers, token: string | undefined): Refusal | null {
   if (token === undefined) return null;
   const given = /^Bearer +(\S+) *$/i.exec(headers.authorization ?? '')?.[1];
   // Equal-length digests: the comparison tells neither the length nor a common beginning.

@@ -10,7 +10,7 @@ interface Waiter {
 }
 
 export class Intake {
-  readonly #limitBytes: number;
+  readonly limitBytes: number;
   readonly #ownerBytes: number;
   readonly #held = new Map<string, number>();
   readonly #waiters: Waiter[] = [];
@@ -18,7 +18,7 @@ export class Intake {
 
   /** Bytes for all, and for one connection. Either must have room for the largest message. */
   constructor(limitBytes: number, ownerBytes: number) {
-    this.#limitBytes = limitBytes;
+    this.limitBytes = limitBytes;
     this.#ownerBytes = ownerBytes;
   }
 
@@ -33,7 +33,7 @@ export class Intake {
 
   /** Takes the bytes now and returns true, or later, in order of asking, and calls `granted` then. */
   take(owner: string, bytes: number, granted: () => void): boolean {
-    if (!this.isShort && this.#fitsOwner(owner, bytes) && this.#used + bytes <= this.#limitBytes) {
+    if (!this.isShort && this.#fitsOwner(owner, bytes) && this.#used + bytes <= this.limitBytes) {
       this.#hold(owner, bytes);
       return true;
     }
@@ -69,7 +69,7 @@ export class Intake {
     for (let at = 0; at < this.#waiters.length; ) {
       const { owner, bytes, granted } = this.#waiters[at]!;
       if (!this.#fitsOwner(owner, bytes)) at += 1;
-      else if (this.#used + bytes > this.#limitBytes) return;
+      else if (this.#used + bytes > this.limitBytes) return;
       else {
         this.#waiters.splice(at, 1);
         this.#hold(owner, bytes);

@@ -17,7 +17,7 @@ const SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5
 /** What the rest of the server is asked for whenever somebody looks. */
 export type Observed = Pick<
   ServerStats,
-  'server' | 'ready' | 'restarts' | 'traffic' | 'queue' | 'waitingLoras' | 'kept' | 'uploads'
+  'server' | 'ready' | 'restarts' | 'traffic' | 'queue' | 'waitingLoras' | 'incoming' | 'kept' | 'uploads'
 > & { readonly peers: readonly Omit<ConnectionStats, 'forwards' | 'images'>[] };
 
 /** One forward of a connection that gave a result. */

@@ -2,6 +2,7 @@
  * What each operation of the protocol does, given a decoded request. Answers through a return value; who asked, in which
  * order and how often is the business of `session.ts`.
  */
+import { STORAGE_CHOICES } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
 import type { TensorView } from '../safetensors.ts';
 import { choiceField, countField, onlyFields, refuse, textField, textsField } from './fields.ts';
@@ -11,7 +12,7 @@ import type { KeptTensors } from './kept.ts';
 import type { Library } from './library.ts';
 import type { Logger } from './log.ts';
 import type { Metrics } from './metrics.ts';
-import type { DtypeChoice, ModelEntry, Operation, ServerStats } from './protocol.ts';
+import type { ModelEntry, Operation, ServerStats } from './protocol.ts';
 import type { Residents } from './residents.ts';
 import type { Scheduler } from './scheduler.ts';
 import { checkDigest } from './uploads.ts';
@@ -48,7 +49,6 @@ export type Reply =
 
 type Handler = (services: Services, request: Request) => Reply | Promise<Reply>;
 
-const DTYPES: readonly DtypeChoice[] = ['auto', 'f32', 'f16'];
 const MAX_DIGESTS = 4096;
 const MAX_PARTS = 65_536;
 
@@ -57,14 +57,15 @@ export const HANDLERS: Readonly<Record<Operation, Handler>> = {
     onlyFields(header, 'models.list', []);
     return { result: { models: await listModels(services) } };
   },
-  'model.load': async ({ residents }, { header, progress }) => {
+  'model.load': async ({ residents }, { header, owner, progress, signal }) => {
     onlyFields(header, 'model.load', ['model', 'dtype']);
-    const dtype = choiceField(header, 'dtype', DTYPES);
-    return { result: await residents.loadModel(textField(header, 'model'), dtype, progress) };
+    const dtype = choiceField(header, 'dtype', STORAGE_CHOICES);
+    const asker = { owner, progress, signal };
+    return { result: await residents.loadModel(textField(header, 'model'), dtype, asker) };
   },
-  'model.unload': async ({ residents }, { header }) => {
+  'model.unload': async ({ residents }, { header, owner }) => {
     onlyFields(header, 'model.unload', ['model']);
-    await residents.unloadModel(textField(header, 'model'));
+    await residents.unloadModel(textField(header, 'model'), owner);
     return { result: {} };
   },
   'model.header': async ({ library }, { header }) => {
@@ -103,11 +104,10 @@ export const HANDLERS: Readonly<Record<Operation, Handler>> = {
 /** The models in the server's folders, as `models.list` and `GET /v1/models` give them. */
 export async function listModels({ library, residents }: Services): Promise<readonly ModelEntry[]> {
   const files = await library.list('model');
-  return files.map(({ name, sizeBytes }) => {
+  return files.map(({ name, sizeBytes, version }) => {
     const info = residents.model(name);
-    return info === undefined
-      ? { name, sizeBytes, loaded: false }
-      : { name, sizeBytes, loaded: true, config: info.config };
+    const file = { name, sizeBytes, version };
+    return info === undefined ? { ...file, loaded: false } : { ...file, loaded: true, config: info.config };
   });
 }
 

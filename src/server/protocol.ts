@@ -62,6 +62,8 @@ export interface Hello {
 export interface ModelEntry {
   readonly name: string;
   readonly sizeBytes: number;
+  /** Opaque; changes when the file does. */
+  readonly version: string;
   readonly loaded: boolean;
   readonly config?: UNetConfig;
 }
@@ -165,6 +167,8 @@ export interface ServerStats {
   };
   /** Of the last forwards answered, in milliseconds. */
   readonly latencyMs: { readonly p50: number; readonly p95: number; readonly p99: number };
+  /** Memory set aside for requests from when they are announced until they are answered; those of up to 64 KiB are not counted. */
+  readonly incoming: { readonly bytes: number; readonly limitBytes: number };
   readonly kept: { readonly tensors: number; readonly bytes: number };
   readonly uploads: { readonly files: number; readonly bytes: number; readonly quotaBytes: number };
 }

@@ -1,5 +1,5 @@
 /**
- * How an upload is cut into frames: whole tensors, in order of name, each part below a byte limit. Sends nothing.
+ * How an upload is cut into frames of whole tensors, as the protocol has it. Sends nothing.
  */
 import { UnetdError } from '../errors.ts';
 import type { TensorView } from '../safetensors.ts';
@@ -8,7 +8,10 @@ import type { TensorView } from '../safetensors.ts';
 const HEADER_BYTES_PER_TENSOR = 256;
 const HEADER_BYTES = 1024;
 
-/** The tensors in parts whose frames stay below `maxBytes`; at least one part. ERR_TOO_LARGE for a tensor that fits no frame. */
+/** Where a part ends: larger ones gain nothing, and take memory of both sides for longer. */
+const PART_BYTES = 64 * 1024 * 1024;
+
+/** At least one part, each frame below `maxBytes`. A tensor may be as large as that allows: ERR_TOO_LARGE for one that fits no frame. */
 export function cutParts(
   tensors: Iterable<TensorView>,
   maxBytes: number,
@@ -23,11 +26,11 @@ export function cutParts(
         `Tensor "${tensor.name}" takes ${tensor.data.byteLength} bytes, a frame at most ${maxBytes}; put the file into a folder of the server instead.`,
       );
     }
-    if (used + bytes > maxBytes) {
-      parts.push([]);
+    const current = parts.at(-1)!;
+    if (current.length > 0 && used + bytes > Math.min(PART_BYTES, maxBytes)) {
+      parts.push([tensor]);
       used = HEADER_BYTES;
-    }
-    parts[parts.length - 1]!.push(tensor);
+    } else current.push(tensor);
     used += bytes;
   }
   return parts;

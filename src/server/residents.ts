@@ -4,6 +4,7 @@
  */
 import type { AdapterInfo, EngineApi, FileSource, ModelInfo, Progress } from '../engine/types.ts';
 import { UnetdError } from '../errors.ts';
+import { StorageClaims } from './claims.ts';
 import type { Clock } from './clock.ts';
 import type { FileKind } from './folders.ts';
 import type { Library } from './library.ts';
@@ -19,10 +20,19 @@ interface ResidentAdapter {
   readonly checkedAt: number;
 }
 
+/** A request to load a model. */
+export interface Asker {
+  readonly owner: string;
+  readonly progress: Progress;
+  /** Aborts when the request is cancelled, or its connection ends. */
+  readonly signal: AbortSignal;
+}
+
 interface Loading {
   readonly dtype: DtypeChoice;
   readonly done: Promise<ModelInfo>;
-  readonly listeners: Set<Progress>;
+  /** Each with the dtype that it named itself. */
+  readonly askers: Map<Asker, DtypeChoice>;
 }
 
 export class Residents {
@@ -32,6 +42,7 @@ export class Residents {
   readonly #defaultDtype: DtypeChoice;
   readonly #models = new Map<string, ModelInfo>();
   readonly #loading = new Map<string, Loading>();
+  readonly #claims = new StorageClaims();
   /** `model/NAME` or `lora/NAME` -> requests. */
   readonly #uses = new Tally();
   /** Model -> LoRA -> adapter. */
@@ -59,32 +70,30 @@ export class Residents {
     return loading || this.#uses.of(`lora/${name}`) > 0;
   }
 
-  /** Loads a model as `model.load` does: a changed file, or another dtype than the loaded one asked for, loads it anew. */
-  async loadModel(name: string, dtype: DtypeChoice = 'auto', progress?: Progress): Promise<ModelInfo> {
-    const anyDtype = dtype === 'auto';
-    const wanted = anyDtype ? this.#defaultDtype : dtype;
+  /**
+   * Loads a model as `model.load` does: anew where its file has changed, or another dtype is asked for than it is loaded in.
+   * ERR_MODEL_BUSY where requests use it then, or another connection has asked for it in another dtype.
+   */
+  async loadModel(name: string, dtype: DtypeChoice = 'auto', asker?: Asker): Promise<ModelInfo> {
     const source = await this.#library.find('model', name);
-    const running = this.#loading.get(name);
-    if (running !== undefined) {
-      if (running.dtype === wanted || anyDtype) return this.#follow(running, progress);
+    for (;;) {
+      const running = this.#loading.get(name);
+      if (running === undefined) break;
+      if (dtype === 'auto' || running.dtype === dtype) return this.#follow(running, dtype, asker);
       await running.done.catch(() => {});
     }
+    // Nothing is awaited from here on: what is decided holds when it is done.
+    asker?.signal.throwIfAborted();
+    if (dtype !== 'auto' && asker !== undefined) this.#claims.check(name, asker.owner, dtype);
     const loaded = this.#models.get(name);
-    const sameDtype = anyDtype || loaded?.dtype === wanted;
-    if (loaded !== undefined && loaded.version === source.version && sameDtype) return loaded;
+    if (loaded?.version === source.version && (dtype === 'auto' || loaded.dtype === dtype)) {
+      this.#claim(name, dtype, asker);
+      return loaded;
+    }
     if (loaded !== undefined) this.#refuseBusy(name, 'loaded anew');
-    // Another asker may have begun while this one waited.
-    const other = this.#loading.get(name);
-    if (other !== undefined) return this.#follow(other, progress);
-    const listeners = new Set<Progress>();
-    const report: Progress = (stage, done, total) => {
-      for (const listener of listeners) listener(stage, done, total);
-    };
-    const done = this.#engine.loadModel({ name, path: source.path, version: source.version }, wanted, report);
-    const loading = { dtype: wanted, done: done.then((info) => this.#arrived(info)), listeners };
-    this.#loading.set(name, loading);
-    loading.done.finally(() => this.#loading.delete(name)).catch(() => {});
-    return this.#follow(loading, progress);
+    const wanted = dtype === 'auto' ? (this.#claims.of(name) ?? this.#defaultDtype) : dtype;
+    const { path, version } = source;
+    return this.#follow(this.#load({ name, path, version }, wanted), dtype, asker);
   }
 
   /** The model, loaded first where it is not. */
@@ -92,8 +101,8 @@ export class Residents {
     return this.#models.get(name) ?? this.loadModel(name);
   }
 
-  /** ERR_MODEL_BUSY, ERR_MODEL_NOT_LOADED. */
-  async unloadModel(name: string): Promise<void> {
+  /** The connection no longer insists on a dtype either. ERR_MODEL_BUSY, ERR_MODEL_NOT_LOADED. */
+  async unloadModel(name: string, owner: string): Promise<void> {
     if (!this.#models.has(name)) {
       await this.#library.find('model', name);
       throw new UnetdError(
@@ -103,6 +112,7 @@ export class Residents {
       );
     }
     this.#refuseBusy(name, 'unloaded');
+    this.#claims.drop(name, owner);
     this.forget(name);
     await this.#engine.unloadModel(name);
   }
@@ -135,6 +145,11 @@ export class Residents {
   use(model: string, loras: readonly string[] = []): () => void {
     const keys = [`model/${model}`, ...loras.map((lora) => `lora/${lora}`)];
     return this.#uses.add(keys);
+  }
+
+  /** A connection has ended: what it asked for binds nobody any more. */
+  dropOwner(owner: string): void {
+    this.#claims.dropOwner(owner);
   }
 
   /** Makes the next use load the model and its adapters again: the engine no longer has them. */
@@ -171,10 +186,31 @@ export class Residents {
     return info;
   }
 
-  #follow(loading: Loading, progress: Progress | undefined): Promise<ModelInfo> {
-    if (progress === undefined) return loading.done;
-    loading.listeners.add(progress);
-    return loading.done.finally(() => loading.listeners.delete(progress));
+  #load(source: FileSource, dtype: DtypeChoice): Loading {
+    const { name } = source;
+    const askers: Loading['askers'] = new Map();
+    const report: Progress = (stage, done, total) => {
+      for (const { progress } of askers.keys()) progress(stage, done, total);
+    };
+    const done = this.#engine.loadModel(source, dtype, report).then((info) => {
+      for (const [asker, named] of askers) this.#claim(name, named, asker);
+      return this.#arrived(info);
+    });
+    const loading = { dtype, done, askers };
+    this.#loading.set(name, loading);
+    done.finally(() => this.#loading.delete(name)).catch(() => {});
+    return loading;
+  }
+
+  #follow({ done, askers }: Loading, dtype: DtypeChoice, asker: Asker | undefined): Promise<ModelInfo> {
+    if (asker === undefined) return done;
+    askers.set(asker, dtype);
+    return done.finally(() => askers.delete(asker));
+  }
+
+  #claim(model: string, dtype: DtypeChoice, asker: Asker | undefined): void {
+    if (asker === undefined || asker.signal.aborted || dtype === 'auto') return;
+    this.#claims.set(model, asker.owner, dtype);
   }
 
   #refuseBusy(name: string, what: string): void {

@@ -150,6 +150,7 @@ async function assemble(options: ServeOptions, guard: GuardOptions, clock: Clock
     traffic: sockets.traffic,
     queue: scheduler.queue,
     waitingLoras: scheduler.waitingLoras,
+    incoming: sockets.incoming,
     kept: sockets.kept,
     uploads: library.uploads.usage,
   });

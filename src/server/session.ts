@@ -4,8 +4,8 @@
  */
 import { type ErrorCode, UnetdError } from '../errors.ts';
 import type { TensorView } from '../safetensors.ts';
-import { LENGTH_BYTES } from '../safetensors-header.ts';
 import { describe } from './fields.ts';
+import { checkFrameSize } from './frame-size.ts';
 import { type KeptSpace, KeptTensors } from './kept.ts';
 import { HANDLERS, type Reply, type Services } from './operations.ts';
 import { OPERATIONS, type Operation, type WireError } from './protocol.ts';
@@ -21,9 +21,6 @@ export interface SessionLimits {
 /** Progress events closer together than this are left out, but for the last of a stage. */
 const PROGRESS_MS = 50;
 const MAX_ID = 256;
-const MAX_TEXT_BYTES = 1024 * 1024;
-/** About 30,000 tensors, as many as an upload may have. */
-const MAX_HEADER_BYTES = 4 * 1024 * 1024;
 /** Errors that no client causes: worth a line in the log at any level. */
 const DEFECTS: ReadonlySet<ErrorCode> = new Set(['ERR_INTERNAL', 'ERR_GPU', 'ERR_ENGINE_DOWN']);
 const NO_TENSORS: ReadonlyMap<string, TensorView> = new Map();
@@ -63,7 +60,8 @@ export class Session {
     let id: string | null = null;
     let op: Operation;
     try {
-      message = this.#decode(frame);
+      checkFrameSize(frame, this.#limits.maxMessageBytes);
+      message = decodeFrame(frame, 'req');
       id = this.#freshId(message.header);
       op = operationOf(message, id);
       this.#admit(op);
@@ -82,6 +80,7 @@ export class Session {
     this.#closed = true;
     for (const controller of this.#open.values()) controller.abort(cancelled('its connection ended'));
     this.kept.clear();
+    this.#services.residents.dropOwner(this.owner);
     // A part file that cannot be removed now goes with the folder in the end.
     this.#services.library.uploads.dropOwner(this.owner).catch(() => {});
   }
@@ -90,21 +89,6 @@ export class Session {
   idle(): Promise<void> {
     if (this.#open.size === 0) return Promise.resolve();
     return new Promise((resolve) => this.#whenIdle.push(resolve));
-  }
-
-  /** Limits come first: what JSON takes in time and memory is many times its length. */
-  #decode(frame: string | Uint8Array): Message {
-    const { maxMessageBytes } = this.#limits;
-    if (typeof frame === 'string') {
-      const limit = Math.min(MAX_TEXT_BYTES, maxMessageBytes);
-      atMost(Buffer.byteLength(frame), limit, 'A text frame', 'send tensors in a binary frame');
-    } else {
-      const cure = 'send fewer images, or a file in parts';
-      atMost(frame.byteLength, maxMessageBytes, 'A frame', cure);
-      const header = statedHeaderBytes(frame);
-      atMost(header, MAX_HEADER_BYTES, 'The header of a frame', 'send fewer tensors at once');
-    }
-    return decodeFrame(frame, 'req');
   }
 
   #freshId(header: JsonObject): string {
@@ -239,22 +223,6 @@ function operationOf({ header, tensors }: Message, id: string): Operation {
     `"${op}" belongs in a ${wanted} frame, request "${id}" came in a ${kind} frame.`,
     { id },
   );
-}
-
-/** ERR_TOO_LARGE beyond the limit. */
-function atMost(bytes: number, limit: number, what: string, cure: string): void {
-  if (bytes <= limit) return;
-  throw new UnetdError('ERR_TOO_LARGE', `${what} may have ${limit} bytes, this one has ${bytes}; ${cure}.`, {
-    bytes,
-    limit,
-  });
-}
-
-/** What the frame says, or 0 where it cannot: then `decodeFrame` says what is wrong. A lie longer than the frame is its business too. */
-function statedHeaderBytes(frame: Uint8Array): number {
-  if (frame.byteLength < LENGTH_BYTES) return 0;
-  const view = new DataView(frame.buffer, frame.byteOffset, LENGTH_BYTES);
-  return Math.min(frame.byteLength, Number(view.getBigUint64(0, true)));
 }
 
 /** What a line of the log says about a request. */

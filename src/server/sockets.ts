@@ -1,19 +1,20 @@
 /**
- * The WebSocket side of the port: who may upgrade, hello, pings, and when a connection is not read from: while its replies pile up,
+ * The WebSocket side of the port: hello, pings, and when a connection is not read from: while its replies pile up,
  * or memory for its requests lacks. Hands every frame to a `Session` and knows nothing of what is in it.
  */
-import { type IncomingMessage, STATUS_CODES } from 'node:http';
+import type { IncomingMessage } from 'node:http';
 import type { Socket } from 'node:net';
 import type { Duplex } from 'node:stream';
 import { type WebSocket, WebSocketServer } from 'ws';
 import { Arrivals } from './arrivals.ts';
-import { type GuardOptions, refusePlace, refuseToken } from './guard.ts';
+import type { GuardOptions } from './guard.ts';
 import { Intake } from './intake.ts';
 import type { KeptSpace } from './kept.ts';
 import type { Logger } from './log.ts';
 import type { Services } from './operations.ts';
-import { type ConnectionStats, type Hello, type ServerStats, SOCKET_PATH, SUBPROTOCOL } from './protocol.ts';
+import { type ConnectionStats, type Hello, type ServerStats, SUBPROTOCOL } from './protocol.ts';
 import { Session, type SessionLimits } from './session.ts';
+import { answerRefusal, refuseUpgrade } from './upgrade.ts';
 import { encodeText } from './wire.ts';
 
 export interface SocketOptions {
@@ -99,6 +100,11 @@ export class Sockets {
     };
   }
 
+  get incoming(): ServerStats['incoming'] {
+    const { usedBytes: bytes, limitBytes } = this.#intake;
+    return { bytes, limitBytes };
+  }
+
   get kept(): { readonly tensors: number; readonly bytes: number } {
     const stores = [...this.#peers].map(({ session }) => session.kept);
     return {
@@ -109,11 +115,14 @@ export class Sockets {
 
   /** The `upgrade` event of the HTTP server. */
   upgrade(request: IncomingMessage, stream: Duplex, head: Buffer): void {
-    const refusal = this.#refusal(request);
+    const { guard, services, maxConnections, log } = this.#options;
+    const isDraining = services.isDraining();
+    const connections = this.#peers.size;
+    const refusal = refuseUpgrade(request, { guard, isDraining, connections, maxConnections });
     if (refusal !== null) {
       this.#refused += 1;
-      this.#options.log.warn({ status: refusal.status, from: request.socket.remoteAddress }, refusal.reason);
-      refuseUpgrade(stream, refusal);
+      log.warn({ status: refusal.status, from: request.socket.remoteAddress }, refusal.reason);
+      answerRefusal(stream, refusal);
       return;
     }
     this.#server.handleUpgrade(request, stream, head, (socket) => this.#welcome(socket, request.socket));
@@ -142,27 +151,6 @@ export class Sockets {
         }),
     );
     await Promise.all(closed);
-  }
-
-  #refusal(request: IncomingMessage): { readonly status: number; readonly reason: string } | null {
-    const { guard, services, maxConnections } = this.#options;
-    const path = (request.url ?? '').split('?')[0];
-    if (path !== SOCKET_PATH)
-      return { status: 404, reason: `The WebSocket is at ${SOCKET_PATH}, not at ${path}.` };
-    const refusal = refusePlace(request.headers, guard) ?? refuseToken(request.headers, guard.token);
-    if (refusal !== null) return refusal;
-    const offered = (request.headers['sec-websocket-protocol'] ?? '').split(',').map((name) => name.trim());
-    if (!offered.includes(SUBPROTOCOL)) {
-      const found = offered[0] === '' ? 'offered none' : `offered ${offered.join(', ').slice(0, 200)}`;
-      return {
-        status: 400,
-        reason: `This server speaks the subprotocol ${SUBPROTOCOL}; the client ${found}.`,
-      };
-    }
-    if (services.isDraining())
-      return { status: 503, reason: 'The server is shutting down; connect to another, or later.' };
-    if (this.#peers.size < maxConnections) return null;
-    return { status: 503, reason: `The server has ${maxConnections} connections, its limit; connect later.` };
   }
 
   #welcome(socket: WebSocket, stream: Socket): void {
@@ -265,23 +253,4 @@ export class Sockets {
 /** What has gone over a socket, the HTTP of its upgrade included. */
 function bytesOf(stream: Socket): { readonly receivedBytes: number; readonly sentBytes: number } {
   return { receivedBytes: stream.bytesRead, sentBytes: stream.bytesWritten };
-}
-
-function refuseUpgrade(
-  stream: Duplex,
-  { status, reason }: { readonly status: number; readonly reason: string },
-): void {
-  const body = `${reason}\n`;
-  stream.on('error', () => {});
-  stream.end(
-    [
-      `HTTP/1.1 ${status} ${STATUS_CODES[status] ?? ''}`,
-      'Connection: close',
-      'Content-Type: text/plain; charset=utf-8',
-      `Content-Length: ${Buffer.byteLength(body)}`,
-      ...(status === 401 ? ['WWW-Authenticate: Bearer'] : []),
-      '',
-      body,
-    ].join('\r\n'),
-  );
 }

@@ -1,20 +1,18 @@
 /**
- * Uploaded tensors, spooled part by part into a private folder (`scratch.ts`) as safetensors files and addressed by digest. Removes
+ * Uploaded tensors, spooled part by part (`spool.ts`) into a private folder (`scratch.ts`) and addressed by digest. Removes
  * that folder on close; keeps within a quota by dropping the least recently used files that nobody needs.
  */
 import { rmSync } from 'node:fs';
-import { type FileHandle, open, rename, rm } from 'node:fs/promises';
+import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { UnetdError } from '../errors.ts';
-import { SafetensorsFile, type TensorView } from '../safetensors.ts';
+import type { TensorView } from '../safetensors.ts';
 import type { FileKind, FoundFile } from './folders.ts';
 import { openScratch } from './scratch.ts';
+import { Spool } from './spool.ts';
 
 export const DIGEST_PREFIX = 'sha256:';
 const DIGEST = /^[0-9a-f]{64}$/;
-/** Room for the header of a file in parts, written last: about 30,000 tensors. The format allows trailing spaces. */
-const HEADER_BYTES = 4 * 1024 * 1024;
-const LENGTH_BYTES = 8;
 /** Files held, however small; unfinished uploads, each an open file, of one connection and of all. */
 const MAX_FILES = 16_384;
 const MAX_UNFINISHED = { owner: 16, all: 256 } as const;
@@ -31,15 +29,10 @@ export interface PutPart {
 
 interface Partial {
   readonly owner: string;
-  readonly path: string;
-  readonly handle: Promise<FileHandle>;
-  readonly entries: Map<string, string>;
+  readonly spool: Spool;
   readonly parts: number;
-  /** Room for the header, in bytes. */
-  readonly headerBytes: number;
   /** The part that must come next. */
   next: number;
-  bytes: number;
   /** Writes of one upload follow each other. */
   last: Promise<unknown>;
 }
@@ -72,7 +65,7 @@ export class Uploads {
   get #bytes(): number {
     let sum = 0;
     for (const { sizeBytes } of this.#files.values()) sum += sizeBytes;
-    for (const { headerBytes, bytes } of this.#partials.values()) sum += headerBytes + bytes;
+    for (const { spool } of this.#partials.values()) sum += spool.sizeBytes;
     return sum;
   }
 
@@ -133,13 +126,9 @@ export class Uploads {
     const path = join(this.#folder, `part-${this.#nextFile++}`);
     const fresh: Partial = {
       owner: put.owner,
-      path,
-      handle: open(path, 'wx+', 0o600),
-      entries: new Map(),
+      spool: new Spool(path, put.parts === 1 ? put.tensors : undefined),
       parts: put.parts,
-      headerBytes: put.parts === 1 ? exactHeaderBytes(put.tensors) : HEADER_BYTES,
       next: 0,
-      bytes: 0,
       last: Promise.resolve(),
     };
     this.#partials.set(key, fresh);
@@ -182,7 +171,7 @@ export class Uploads {
       }
       for (const tensor of put.tensors) {
         await this.#reserve(tensor.data.byteLength, isNeeded);
-        await write(partial, tensor);
+        await partial.spool.write(tensor);
       }
       partial.next += 1;
       if (partial.next < partial.parts) return false;
@@ -194,35 +183,22 @@ export class Uploads {
     }
   }
 
-  /** Writes the header, checks the digest and gives the file its name. */
-  async #finish(key: string, partial: Partial, put: PutPart): Promise<void> {
-    const { headerBytes } = partial;
-    const json = Buffer.from(`{${[...partial.entries.values()].join(',')}}`);
-    if (json.byteLength > headerBytes) {
-      throw new UnetdError(
-        'ERR_TOO_LARGE',
-        `The header of ${put.digest} takes ${json.byteLength} bytes, at most ${headerBytes}.`,
-      );
-    }
-    const head = Buffer.alloc(LENGTH_BYTES + headerBytes, ' ');
-    head.writeBigUInt64LE(BigInt(headerBytes));
-    json.copy(head, LENGTH_BYTES);
-    await (await partial.handle).write(head, 0, head.byteLength, 0);
-    const actual = await digestOf(partial.path);
-    if (actual !== put.digest) {
+  /** Checks the digest and gives the file its name. */
+  async #finish(key: string, { spool }: Partial, { kind, digest }: PutPart): Promise<void> {
+    const actual = await spool.seal();
+    if (actual !== digest) {
       throw new UnetdError(
         'ERR_DIGEST_MISMATCH',
-        `The ${put.kind}'s ${partial.entries.size} tensors have the digest ${actual}, announced was ${put.digest}; upload them again.`,
-        { expected: put.digest, actual },
+        `The ${kind}'s ${spool.tensors} tensors have the digest ${actual}, announced was ${digest}; upload them again.`,
+        { expected: digest, actual },
       );
     }
     this.#partials.delete(key);
-    await (await partial.handle).close();
-    const path = join(this.#folder, `${put.kind}-${put.digest}.safetensors`);
-    await rename(partial.path, path);
-    const name = `${DIGEST_PREFIX}${put.digest}`;
-    const sizeBytes = LENGTH_BYTES + headerBytes + partial.bytes;
-    this.#files.set(`${put.kind}/${put.digest}`, { name, path, sizeBytes, version: put.digest.slice(0, 16) });
+    const path = join(this.#folder, `${kind}-${digest}.safetensors`);
+    await spool.move(path);
+    const { sizeBytes } = spool;
+    const name = `${DIGEST_PREFIX}${digest}`;
+    this.#files.set(`${kind}/${digest}`, { name, path, sizeBytes, version: digest.slice(0, 16) });
   }
 
   /** Makes room for more bytes. ERR_TOO_LARGE where what is needed fills the quota. */
@@ -245,48 +221,8 @@ export class Uploads {
 
   async #abandon(key: string): Promise<void> {
     const partial = this.#partials.get(key);
-    if (partial === undefined || !this.#partials.delete(key)) return;
-    await partial.handle.then((handle) => handle.close()).catch(() => {});
-    await rm(partial.path, { force: true });
-  }
-}
-
-async function write(partial: Partial, { name, dtype, shape, data }: TensorView): Promise<void> {
-  if (partial.entries.has(name)) {
-    throw new UnetdError('ERR_BAD_REQUEST', `Tensor "${name}" came in two parts of one upload; begin again.`);
-  }
-  const end = partial.bytes + data.byteLength;
-  partial.entries.set(name, headerEntry({ name, dtype, shape, data }, partial.bytes));
-  const handle = await partial.handle;
-  for (let done = 0; done < data.byteLength; ) {
-    const position = LENGTH_BYTES + partial.headerBytes + partial.bytes + done;
-    done += (await handle.write(data, done, data.byteLength - done, position)).bytesWritten;
-  }
-  partial.bytes = end;
-}
-
-function headerEntry({ name, dtype, shape, data }: TensorView, offset: number): string {
-  const entry = { dtype, shape, data_offsets: [offset, offset + data.byteLength] };
-  return `${JSON.stringify(name)}:${JSON.stringify(entry)}`;
-}
-
-/** What the header of these tensors takes, in order and padded to 8. */
-function exactHeaderBytes(tensors: readonly TensorView[]): number {
-  let offset = 0;
-  const entries = tensors.map((tensor) => {
-    const entry = headerEntry(tensor, offset);
-    offset += tensor.data.byteLength;
-    return entry;
-  });
-  return Math.ceil(Buffer.byteLength(`{${entries.join(',')}}`) / 8) * 8;
-}
-
-async function digestOf(path: string): Promise<string> {
-  const file = await SafetensorsFile.open(path);
-  try {
-    return await file.digest();
-  } finally {
-    await file.close();
+    this.#partials.delete(key);
+    await partial?.spool.discard();
   }
 }
 

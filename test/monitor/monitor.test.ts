@@ -126,7 +126,7 @@ describe.each([
       )
       .toBe(bytes);
     const shown = await shownBy(page);
-    expect(shown.length).toBeGreaterThanOrEqual(24);
+    expect(shown.length).toBeGreaterThanOrEqual(27);
     for (const { series, value, text } of shown) {
       const code = /^errors\{result="(\w+)"\}$/.exec(series)?.[1];
       const expected =

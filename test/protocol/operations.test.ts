@@ -38,7 +38,7 @@ async function expectError(op: string, fields: Fields, code: string): Promise<vo
 test('the lists give the files of the folders by name and size', async () => {
   const { models } = (await client.ask('models.list')).result;
   const sizeBytes = statSync(`${ASSETS}models/${MODEL}`).size;
-  expect(models).toEqual([{ name: MODEL, sizeBytes, loaded: false }]);
+  expect(models).toEqual([{ name: MODEL, sizeBytes, version: expect.any(String), loaded: false }]);
   const { loras } = (await client.ask('loras.list')).result;
   expect(loras).toEqual(LORAS.map((name) => ({ name, sizeBytes: statSync(`${ASSETS}loras/${name}`).size })));
 });
@@ -97,7 +97,7 @@ test('a load reports its progress, says what it loaded, and returns at once the 
   expect(again.result).toEqual(result);
   expect(client.progressOf(again.id!)).toEqual([]);
   const [listed] = (await client.ask('models.list')).result.models;
-  expect(listed).toMatchObject({ name: MODEL, loaded: true, config: result.config });
+  expect(listed).toMatchObject({ name: MODEL, version: result.version, loaded: true, config: result.config });
 });
 
 test('the config describes the UNet', async () => {

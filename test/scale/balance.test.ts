@@ -2,13 +2,13 @@
  * What balancing per connection gives and what it cannot: the figures of docs/SCALING.md. The servers take one image at a
  * time, 50 ms each, so one of them does 20 images a second whatever the machine.
  */
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeAll, describe, expect, it } from 'vitest';
 import { Client } from '../../src/client.ts';
 import { comfyPlace, type Place, request } from '../server/setting.ts';
 import { type Balancer, type ServerProcess, STAND_IN, startBalancer, startServer, until } from './fleet.ts';
 
 const SLOW = 'slow.safetensors';
-const SECONDS = 4;
+const SECONDS = 3;
 /** Images a second of one server. */
 const ONE = 20;
 
@@ -22,7 +22,7 @@ const serverArgs = (): readonly string[] => [
   ...STAND_IN,
 ];
 
-beforeEach(async () => {
+beforeAll(async () => {
   place = comfyPlace(50);
   servers = await Promise.all([0, 0, 0].map((port) => startServer(port, serverArgs())));
 });
@@ -30,8 +30,11 @@ beforeEach(async () => {
 afterEach(async () => {
   await Promise.allSettled(clients.splice(0).map((client) => client.close()));
   await balancer?.stop();
-  for (const server of servers) server.kill('SIGKILL');
-  await Promise.all(servers.map(({ exit }) => exit));
+});
+
+afterAll(async () => {
+  for (const server of servers ?? []) server.kill('SIGKILL');
+  await Promise.all((servers ?? []).map(({ exit }) => exit));
   place.remove();
 });
 

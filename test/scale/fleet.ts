@@ -18,6 +18,7 @@ export interface ServerProcess {
   readonly port: number;
   readonly url: string;
   readonly exit: Promise<number | null>;
+  readonly hasEnded: () => boolean;
   /** The statistics, while it runs. */
   stats(): Promise<ServerStats>;
   kill(signal: NodeJS.Signals): void;
@@ -29,6 +30,7 @@ export async function startServer(port: number, args: readonly string[]): Promis
     port: Number(new URL(url).port),
     url,
     exit,
+    hasEnded: () => child.exitCode !== null || child.signalCode !== null,
     stats: () => look({ url }),
     kill: (signal) => {
       child.kill(signal);
@@ -45,8 +47,14 @@ export interface Balancer {
   stop(): Promise<void>;
 }
 
-/** The shipped configuration with other addresses and another place for its socket; nothing else is changed. */
-export async function startBalancer(ports: readonly number[]): Promise<Balancer> {
+/**
+ * The shipped configuration with other addresses and another place for its socket; nothing else is changed. `tls` is a further `bind`
+ * line and the file of its certificate.
+ */
+export async function startBalancer(
+  ports: readonly number[],
+  tls?: { readonly bind: string; readonly certificate: string },
+): Promise<Balancer> {
   const dir = mkdtempSync(join(tmpdir(), 'unetd-haproxy-'));
   const socket = join(dir, 'admin.sock');
   const port = await freePort();
@@ -55,7 +63,7 @@ export async function startBalancer(ports: readonly number[]): Promise<Balancer>
   const servers = ports.map((each, i) => line.replace('s1', `s${i + 1}`).replace('8701', String(each)));
   const config = shipped
     .replace(/(^ *server s\d .*\n)+/m, servers.join(''))
-    .replace('bind :8700', `bind 127.0.0.1:${port}`)
+    .replace('bind :8700', tls === undefined ? `bind 127.0.0.1:${port}` : secured(tls, port))
     .replaceAll('/run/haproxy/unetd.sock', socket);
   const file = join(dir, 'haproxy.cfg');
   writeFileSync(file, config);
@@ -76,9 +84,17 @@ export async function startBalancer(ports: readonly number[]): Promise<Balancer>
     await exit;
     rmSync(dir, { recursive: true, force: true });
   };
-  const balancer = { url: `ws://127.0.0.1:${port}/v1`, command, states, stop };
+  const url = tls === undefined ? `ws://127.0.0.1:${port}/v1` : `wss://localhost:${port}/v1`;
+  const balancer = { url, command, states, stop };
   await until(async () => [...(await states()).values()].every((state) => state === 'UP'));
   return balancer;
+}
+
+function secured(
+  { bind, certificate }: { readonly bind: string; readonly certificate: string },
+  port: number,
+): string {
+  return bind.replace(':443', `127.0.0.1:${port}`).replace(/crt \S+/, `crt ${certificate}`);
 }
 
 /** Polls until it holds; an error counts as not yet. */

@@ -1,8 +1,13 @@
 /** Three servers behind HAProxy with the shipped configuration: how it spreads, and what is lost when servers go. Nothing. */
 import { execFileSync } from 'node:child_process';
-import { afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { once } from 'node:events';
+import { readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, afterEach, beforeAll, beforeEach, describe, expect, it } from 'vitest';
+import WebSocket from 'ws';
 import { Client, floatsOf } from '../../src/client.ts';
 import { FailoverClient } from '../../src/failover.ts';
+import { ROOT } from '../launch.ts';
 import { comfyPlace, modelFile, type Place, request } from '../server/setting.ts';
 import { standInResult } from '../server/stand-in-engine.ts';
 import {
@@ -36,17 +41,34 @@ const open: { close(): Promise<void> }[] = [];
 
 const serverArgs = (): readonly string[] => ['--models', place.dir, '--log-level', 'error', ...STAND_IN];
 
-beforeEach(async () => {
+beforeAll(async () => {
   place = comfyPlace(20);
   servers = await Promise.all([0, 0, 0].map((port) => startServer(port, serverArgs())));
   balancer = await startBalancer(servers.map(({ port }) => port));
 });
 
+/** Brings back what the test before has ended. */
+beforeEach(async () => {
+  servers = await Promise.all(
+    servers.map((server) => (server.hasEnded() ? startServer(server.port, serverArgs()) : server)),
+  );
+  await until(async () => [...(await balancer.states()).values()].every((state) => state === 'UP'));
+});
+
 afterEach(async () => {
   await Promise.allSettled(open.splice(0).map((client) => client.close()));
+  // HAProxy passes it on with a delay, and the next test counts connections.
+  await until(async () => {
+    const alive = servers.filter((server) => !server.hasEnded());
+    const all = await Promise.all(alive.map((server) => server.stats()));
+    return all.every(({ connections }) => connections === 0);
+  });
+});
+
+afterAll(async () => {
   await balancer?.stop();
-  for (const server of servers) server.kill('SIGKILL');
-  await Promise.all(servers.map(({ exit }) => exit));
+  for (const server of servers ?? []) server.kill('SIGKILL');
+  await Promise.all((servers ?? []).map(({ exit }) => exit));
   place.remove();
 });
 
@@ -88,6 +110,25 @@ async function work(client: FailoverClient, seed: number, count: number, tally: 
 describe('the shipped configuration', () => {
   it('is valid as it is', () => {
     expect(() => execFileSync('haproxy', ['-c', '-q', '-f', SHIPPED])).not.toThrow();
+  });
+
+  it('speaks TLS with the line of the threat model', async () => {
+    const text = readFileSync(`${ROOT}docs/THREATS.md`, 'utf8');
+    const bind = /^ *(bind :443 ssl .*)$/m.exec(text)![1]!;
+    const [key, certificate] = [join(place.dir, 'key.pem'), join(place.dir, 'certificate.pem')];
+    const options = ['-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '1'];
+    const names = ['-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost'];
+    execFileSync('openssl', ['req', ...options, ...names, '-keyout', key, '-out', certificate], {
+      stdio: 'ignore',
+    });
+    const ca = readFileSync(certificate);
+    writeFileSync(certificate, Buffer.concat([ca, readFileSync(key)]));
+    const secure = await startBalancer([servers[0]!.port], { bind, certificate });
+    const socket = new WebSocket(secure.url, 'unetd.v1', { ca });
+    const [hello] = await once(socket, 'message');
+    expect(JSON.parse(String(hello))).toMatchObject({ event: 'hello', protocol: 1 });
+    socket.terminate();
+    await secure.stop();
   });
 
   it('spreads connections evenly', async () => {
@@ -138,6 +179,7 @@ describe('under load', () => {
   it('shows a client nothing of a server that is gone or ending when it connects', async () => {
     place.write('checkpoints/slower.safetensors', modelFile({ delayMs: '2000' }));
     const direct = await Client.connect(servers[1]!.url);
+    open.push(direct);
     const last = direct.forward(request('slower.safetensors'));
     await until(async () => (await servers[1]!.stats()).queue.running === 1);
     servers[0]!.kill('SIGKILL');

@@ -4,7 +4,8 @@ import { createConnection, type Socket } from 'node:net';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import WebSocket from 'ws';
 import type { Client } from '../../src/client.ts';
-import { digest } from '../../src/safetensors.ts';
+import { digest, type TensorView } from '../../src/safetensors.ts';
+import { cutParts } from '../../src/server/put.ts';
 import { encodeBinary } from '../../src/server/wire.ts';
 import { comfyPlace, openStage, type Place, request, type Stage, tensor, untilQueued } from './setting.ts';
 
@@ -53,6 +54,27 @@ describe('limits', () => {
     expect((await client.stats()).uploads.files).toBe(1);
     await expect(client.modelPut([tensor('t', new Array(2000).fill(0))])).rejects.toMatchObject({
       code: 'ERR_TOO_LARGE',
+    });
+  });
+
+  it('leave room for a tensor of an upload that is as large as a frame', async () => {
+    const large = (name: string, mebibytes: number): TensorView => ({
+      name,
+      dtype: 'U8',
+      shape: [mebibytes, 1024, 1024],
+      data: new Uint8Array(mebibytes * 1024 * 1024).fill(mebibytes),
+    });
+    const tensors = [large('a', 80), tensor('b', [1]), large('c', 40), large('d', 40), tensor('e', [2])];
+    const parts = cutParts(tensors, client.hello.limits.maxMessageBytes);
+    expect(parts.map((part) => part.map(({ name }) => name))).toEqual([['a'], ['b', 'c'], ['d', 'e']]);
+    const model = await client.modelPut(tensors);
+    const { header } = await client.modelHeader(model);
+    expect(Object.keys(header.tensors).sort()).toEqual(['a', 'b', 'c', 'd', 'e']);
+    expect(header.tensors.a!.shape).toEqual([80, 1024, 1024]);
+    const wide = large('a', client.hello.limits.maxMessageBytes / 1024 ** 2);
+    await expect(client.modelPut([wide])).rejects.toMatchObject({
+      code: 'ERR_TOO_LARGE',
+      message: expect.stringContaining('put the file into a folder of the server'),
     });
   });
 

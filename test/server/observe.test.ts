@@ -95,6 +95,22 @@ describe('metrics', () => {
     expect(after.get('unetd_connections_accepted_total')).toBe(2);
   });
 
+  it('say what memory requests hold, from their arrival until they are answered', async () => {
+    const held = async (): Promise<number | undefined> =>
+      parseMetrics(await metricsText()).get('unetd_incoming_bytes');
+    await client.modelLoad(FAST);
+    const release = stage.engine.hold();
+    const sent = request(FAST, 1, 0, 256);
+    const open = [client.forward(sent), client.forward(sent)];
+    const bytes = 2 * (sent.x.data.byteLength + sent.context.data.byteLength);
+    await expect.poll(held, { timeout: 5000 }).toBeGreaterThan(bytes);
+    expect(await held()).toBeLessThan(bytes + 2000);
+    expect(parseMetrics(await metricsText()).get('unetd_incoming_limit_bytes')).toBeGreaterThan(bytes);
+    release();
+    await Promise.all(open);
+    await expect.poll(held, { timeout: 5000 }).toBe(0);
+  });
+
   it('count refused upgrades', async () => {
     const socket = new WebSocket(stage.server.url, 'unetd.v2');
     await once(socket, 'error');
@@ -129,6 +145,7 @@ describe('metrics', () => {
         ...{ server: 'unetd/0', ready: true, restarts: 0, peers: [], waitingLoras: [] },
         traffic: { receivedBytes: 0, sentBytes: 0, accepted: 0, refused: 0 },
         queue: { requests: 0, limit: 1, running: 0 },
+        incoming: { bytes: 0, limitBytes: 1 },
         kept: { tensors: 0, bytes: 0 },
         uploads: { files: 0, bytes: 0, quotaBytes: 0 },
       },

@@ -96,7 +96,7 @@ describe('settings', () => {
     ['{"config":"other.json"}', /there is no setting "config"/],
     ['{"port":70000}', /"port" is 70000\. Give a whole number from 0 to 65535\.$/],
     ['{"port":1,"port":2}', /duplicate|twice|"port"/],
-    ['{"dtype":"f64"}', /"dtype" is "f64"\. Allowed choices are auto, f32, f16\.$/],
+    ['{"dtype":"f64"}', /"dtype" is "f64"\. Allowed choices are auto, f32, f16, q8_0\.$/],
     ['{"models":"/srv"}', /"models" must be a list of strings\.$/],
     ['{"host":["a"]}', /"host" must be a string or a number\.$/],
     ['[]', /must hold one JSON object/],
