@@ -5,6 +5,7 @@
 import { readFileSync } from 'node:fs';
 import { delimiter } from 'node:path';
 import { type Command, InvalidArgumentError, Option } from 'commander';
+import { STORAGE_CHOICES } from './engine/types.ts';
 import { UnetdError } from './errors.ts';
 import { LOG_LEVELS, type LogLevel } from './server/log.ts';
 import type { DtypeChoice } from './server/protocol.ts';
@@ -90,7 +91,7 @@ export function serveOptions(): readonly Option[] {
     numbers('--port <port>', 'port to listen on, 0 for any', count(0, 65_535), DEFAULTS.port),
     new Option('--token <token>', 'bearer token that clients must send; needed off loopback'),
     new Option('--dtype <dtype>', 'storage of weights and activations')
-      .choices(['auto', 'f32', 'f16'])
+      .choices(STORAGE_CHOICES)
       .default('auto'),
     new Option('--memory-budget <bytes>', 'GPU memory to use, like 12GiB').argParser(bytes),
     numbers('--max-batch <images>', 'most images of one forward', count(1, 1024), DEFAULTS.maxBatch),

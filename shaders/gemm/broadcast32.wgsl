@@ -1,11 +1,10 @@
 // out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z.
-// W is packed [n / 32][k][32]. A subgroup is a workgroup and computes 32 rows x 32 columns, see spread.wgsl.
+// W is packed [n / 32][k][32]. A subgroup is a workgroup and computes 32 rows x 32 columns, see spread.wgsl; with GATED, of
+// the value panel and of its gates.
 // Preconditions: subgroups of 8 lanes; kQuads even (channels are padded to 8).
 
-alias Sources = array<Source, 4>;
-
-fn seekRows(rows: array<Row, 4>, tap: u32) -> Sources {
-  return Sources(seek(rows[0], tap), seek(rows[1], tap), seek(rows[2], tap), seek(rows[3], tap));
+fn seekRows(rows: array<Row, 4>, tap: u32) -> array<Source, 4> {
+  return array(seek(rows[0], tap), seek(rows[1], tap), seek(rows[2], tap), seek(rows[3], tap));
 }
 
 @compute @workgroup_size(8)
@@ -17,16 +16,24 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   let rows = array(rowAt(image, inside.x), rowAt(image, inside.y), rowAt(image, inside.z), rowAt(image, inside.w));
   var left: array<mat4x4f, 4>;
   var right: array<mat4x4f, 4>;
+  var gateLeft: array<mat4x4f, 4>;
+  var gateRight: array<mat4x4f, 4>;
 
+  let gates = p.panels * TAPS * p.kQuads * 32u;
   var w = group.x * TAPS * p.kQuads * 32u + lane;
   for (var tap = 0u; tap < TAPS; tap++) {
     let s = seekRows(rows, tap);
     // One quad of k per turn: what is unrolled further takes longer to compile and runs no faster.
     for (var c = 0u; c < p.kQuads; c++) {
       let a = transpose(mat4x4f(loadA(s[0], c), loadA(s[1], c), loadA(s[2], c), loadA(s[3], c)));
-      let b = mat4x4f(load_w(w), load_w(w + 8u), load_w(w + 16u), load_w(w + 24u));
+      let b = load4_w(w);
       outer(&left, a, b, 0u);
       outer(&right, a, b, 4u);
+      if (GATED) {
+        let g = load4_w(w + gates);
+        outer(&gateLeft, a, g, 0u);
+        outer(&gateRight, a, g, 4u);
+      }
       w += 32u;
     }
   }
@@ -35,20 +42,29 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   for (var half = 0u; half < blocks.y * 2u; half++) {
     let i = blocks.x + half / 2u;
     let h = half % 2u;
-    let u = h * 32u + lane;
     let a = transpose(mat4x4f(loraT(i, inside.x, h), loraT(i, inside.y, h), loraT(i, inside.z, h), loraT(i, inside.w, h)));
-    let b = mat4x4f(loraUp(i, panel, u), loraUp(i, panel, u + 8u), loraUp(i, panel, u + 16u), loraUp(i, panel, u + 24u));
+    let b = loraUp4(i, panel, h * 32u + lane);
     outer(&left, a, b, 0u);
     outer(&right, a, b, 4u);
+    if (GATED) {
+      let g = loraUp4(i, panel + p.panels, h * 32u + lane);
+      outer(&gateLeft, a, g, 0u);
+      outer(&gateRight, a, g, 4u);
+    }
   }
 
-  // A loop whose end the compiler cannot see: the epilogue is compiled once. A copy, so that its index is not one of the
+  // A loop whose end the compiler cannot see: the epilogue is compiled once. Copies, so that its index is not one of the
   // sums', which are registers only while every index is constant.
   let sums = array(left[0], left[1], left[2], left[3], right[0], right[1], right[2], right[3]);
+  let gateSums = array(gateLeft[0], gateLeft[1], gateLeft[2], gateLeft[3], gateRight[0], gateRight[1], gateRight[2],
+    gateRight[3]);
   let quads = min(p.nQuads - panel * 8u, 8u);
   for (var j = 0u; j < quads * 4u; j++) {
     let i = j / 4u;
     let v = j % 4u;
-    store(image, m[v], panel * 8u + i, vec4f(sums[i][0][v], sums[i][1][v], sums[i][2][v], sums[i][3][v]));
+    var r = array<vec4f, PANELS>();
+    r[0] = vec4f(sums[i][0][v], sums[i][1][v], sums[i][2][v], sums[i][3][v]);
+    if (GATED) { r[PANELS - 1u] = vec4f(gateSums[i][0][v], gateSums[i][1][v], gateSums[i][2][v], gateSums[i][3][v]); }
+    store(image, m[v], panel * 8u + i, r);
   }
 }

@@ -13,6 +13,12 @@ fn loraUp(block: u32, panel: u32, index: u32) -> vec4f {
   return load_up(table[block].y + panel * 64u + index);
 }
 
+// The same for k .. k+3, one a column of the result.
+fn loraUp4(block: u32, panel: u32, index: u32) -> mat4x4f {
+  return mat4x4f(loraUp(block, panel, index), loraUp(block, panel, index + 8u), loraUp(block, panel, index + 16u),
+    loraUp(block, panel, index + 24u));
+}
+
 // Values 4*half .. 4*half+3 of row m of T.
 fn loraT(block: u32, m: u32, half: u32) -> vec4f {
   return t[(table[block].w * p.m + m) * 2u + half];

@@ -1,6 +1,7 @@
 // out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z.
 // W is packed [n / 32][k][32]. For any GPU: a workgroup of 8x8 invocations computes 64 rows x 64 columns (two panels)
-// from slices of 8 k in workgroup memory; an invocation keeps 8 rows x 8 columns in registers.
+// from slices of 8 k in workgroup memory; an invocation keeps 8 rows x 8 columns in registers. With GATED the second panel
+// has the gates of the first.
 // Precondition: kQuads even (channels are padded to 8).
 
 // [row][2 quads of k] and [k][16 quads of columns].
@@ -24,6 +25,11 @@ fn accumulate(acc: ptr<function, array<array<vec4f, 2>, 8>>, ty: u32, tx: u32) {
   }
 }
 
+// The first or second panel of a workgroup, counted from panel0; the last workgroup may repeat one.
+fn panelOf(group: u32, which: u32) -> u32 {
+  return select(min(group * 2u + which, p.panels - 1u), group + which * p.panels, GATED);
+}
+
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
   let image = p.image0 + group.z;
@@ -33,7 +39,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   // This invocation loads row `index` of A, and of B the quads `index` and `index + 64`: k = index / 16 (+ 4).
   let mine = min(m0 + index, p.m - 1u);
   let row = rowAt(image, mine);
-  let localPanel = min(group.x * 2u + (index % 16u) / 8u, p.panels - 1u);
+  let localPanel = panelOf(group.x, index % 16u / 8u);
   let k = TAPS * p.kQuads * 4u;
   let column = (index / 16u) * 8u + index % 8u;
   var b = localPanel * k * 8u + column;
@@ -65,9 +71,11 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
   }
 
   for (var r = 0u; r < 8u; r++) {
-    for (var h = 0u; h < 2u; h++) {
-      let at = group.x * 2u + h;
-      if (at < p.panels) { store(image, m0 + ty * 8u + r, (p.panel0 + at) * 8u + tx, acc[r][h]); }
+    for (var h = 0u; h < 2u; h += PANELS) {
+      var v = array<vec4f, PANELS>();
+      for (var i = 0u; i < PANELS; i++) { v[i] = acc[r][h + i]; }
+      let at = select(group.x * 2u + h, group.x, GATED);
+      if (at < p.panels) { store(image, m0 + ty * 8u + r, (p.panel0 + at) * 8u + tx, v); }
     }
   }
 }

@@ -1,5 +1,5 @@
 // A packed weight back in a file's layout: out[row][channel][tap] = w[row / 32][tap][channel][row % 32], in f32.
-//   w [panels][taps][paddedChannels][32] in Quads; out [rows][channels][taps].
+//   w [panels][taps][paddedChannels][32] as lib/w_*.wgsl has it; out [rows][channels][taps].
 // An invocation owns four rows of one column (channel, tap).
 
 @compute @workgroup_size(64)

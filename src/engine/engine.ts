@@ -6,8 +6,10 @@ import { totalmem } from 'node:os';
 import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { Device } from '../gpu/device.ts';
+import type { Storage } from '../gpu/kernel.ts';
 import type { Timing } from '../gpu/plan.ts';
 import { Stopwatch } from '../gpu/stopwatch.ts';
+import { storageOf } from '../kernels/panel.ts';
 import { PatchWork } from '../lora/work.ts';
 import { SafetensorsFile } from '../safetensors.ts';
 import type { UNetConfig } from '../unet/config.ts';
@@ -19,18 +21,19 @@ import { checkBatch, checkStep, imagesOf } from './check.ts';
 import { type Held, HeldModels } from './held.ts';
 import { inspectModel } from './inspect.ts';
 import { LoadedModel } from './model.ts';
-import type {
-  AdapterInfo,
-  Batch,
-  BatchResult,
-  DeviceInfo,
-  EngineApi,
-  EngineOptions,
-  EngineStats,
-  FileSource,
-  ModelInfo,
-  Progress,
-  StorageDtype,
+import {
+  type AdapterInfo,
+  type Batch,
+  type BatchResult,
+  type DeviceInfo,
+  type EngineApi,
+  type EngineOptions,
+  type EngineStats,
+  type FileSource,
+  type ModelInfo,
+  type Progress,
+  STORAGE_CHOICES,
+  type StorageDtype,
 } from './types.ts';
 
 /** Most bytes of adapters per model, and their share of the budget. */
@@ -38,6 +41,12 @@ const MAX_POOL_BYTES = 4 * 1024 ** 3;
 const POOL_SHARE = 0.25;
 /** A software adapter's memory is the machine's: leave it some. */
 const SOFTWARE_SHARE = 0.75;
+/** What takes less memory than a storage. */
+const SMALLER: Readonly<Record<StorageDtype, StorageDtype | undefined>> = {
+  f32: 'f16',
+  f16: 'q8_0',
+  q8_0: undefined,
+};
 
 export class Engine implements EngineApi {
   readonly device: DeviceInfo;
@@ -171,25 +180,26 @@ export class Engine implements EngineApi {
 
   async #load(source: FileSource, dtype: 'auto' | StorageDtype, progress: Progress): Promise<ModelInfo> {
     const { name, version } = source;
-    const storage = this.#storageOf(dtype);
+    const stored = this.#storedAs(dtype);
     const held = this.#models.find(name);
-    if (held && held.info.version === version && (dtype === 'auto' || held.info.dtype === storage))
+    if (held && held.info.version === version && (dtype === 'auto' || held.info.dtype === stored))
       return held.info;
     const file = await SafetensorsFile.open(source.path);
     try {
       const { config, entryOf } = inspectModel(name, file);
       // A file that is no model leaves the one of that name as it was.
       if (held) await this.unloadModel(name);
-      const sizeBytes = weightBytes(config, storage, this.#device.capabilities.offsetAlignment);
-      const cure = storage === 'f32' ? 'load it as f16, or raise --memory-budget' : 'raise --memory-budget';
-      this.#budget.demand(`The weights of model "${name}" in ${storage}`, sizeBytes, 0, cure);
+      const sizeBytes = weightBytes(config, stored, this.#device.capabilities);
+      const smaller = SMALLER[stored];
+      const cure = smaller ? `load it as ${smaller}, or raise --memory-budget` : 'raise --memory-budget';
+      this.#budget.demand(`The weights of model "${name}" in ${stored}`, sizeBytes, 0, cure);
       const release = this.#budget.reserve(sizeBytes);
       try {
-        const weights = await Weights.load(this.#device, storage, config, file, entryOf, (done, total) =>
+        const weights = await Weights.load(this.#device, stored, config, file, entryOf, (done, total) =>
           progress('weights', done, total),
         );
-        const info = { model: name, version, dtype: storage, config, sizeBytes: weights.sizeBytes };
-        const model = this.#modelOf(config, storage, weights);
+        const info = { model: name, version, dtype: stored, config, sizeBytes: weights.sizeBytes };
+        const model = this.#modelOf(config, storageOf(stored), weights);
         this.#models.add(info, model);
         this.#turnover.modelLoads += 1;
         return info;
@@ -201,7 +211,7 @@ export class Engine implements EngineApi {
     }
   }
 
-  #modelOf(config: UNetConfig, storage: StorageDtype, weights: Weights): LoadedModel {
+  #modelOf(config: UNetConfig, storage: Storage, weights: Weights): LoadedModel {
     const shared = {
       device: this.#device,
       arena: this.#arena,
@@ -267,18 +277,15 @@ export class Engine implements EngineApi {
     return { model: held.model, requests, config, loras };
   }
 
-  #storageOf(dtype: 'auto' | StorageDtype): StorageDtype {
+  #storedAs(dtype: 'auto' | StorageDtype): StorageDtype {
     const wanted = this.#options.forceDtype ?? dtype;
-    if (wanted === 'auto') return 'f16';
-    if (wanted !== 'f16' && wanted !== 'f32')
+    if (!STORAGE_CHOICES.includes(wanted))
       throw new UnetdError(
         'ERR_BAD_DTYPE',
-        `Storage "${wanted}" is not supported; ask for f32, f16 or auto`,
-        {
-          dtype: wanted,
-        },
+        `Storage "${wanted}" is not supported; ask for one of ${STORAGE_CHOICES.join(', ')}`,
+        { dtype: wanted },
       );
-    return wanted;
+    return wanted === 'auto' ? 'f16' : wanted;
   }
 
   #evict(): boolean {

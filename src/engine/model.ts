@@ -11,7 +11,8 @@ import { elapsedMs, STOPWATCH_BYTES, type Stopwatch } from '../gpu/stopwatch.ts'
 import type { LoraOperands } from '../kernels/gemm.ts';
 import { PatchedWeights, type Patching } from '../lora/patched.ts';
 import { AdapterPool } from '../lora/pool.ts';
-import { AdapterRegistry, type AdapterTurnover, type Lease } from '../lora/registry.ts';
+import { AdapterRegistry, type Lease } from '../lora/registry.ts';
+import type { AdapterTurnover } from '../lora/shelf.ts';
 import { type LoraTable, loraTable, type StackEntry } from '../lora/table.ts';
 import type { PatchWork } from '../lora/work.ts';
 import type { Layer, UNetConfig } from '../unet/config.ts';
@@ -91,7 +92,7 @@ export class LoadedModel {
       spareBytes: () => budget.spareBytes,
     });
     const makeRoom = (bytes: number): boolean => budget.makeRoom(bytes);
-    this.adapters = new AdapterRegistry(config, this.#pool, poolBytes, makeRoom, turnover);
+    this.adapters = new AdapterRegistry(config, this.#pool, { budgetBytes: poolBytes, makeRoom, turnover });
     this.#table = new Arena(shared.device, 'lora table');
     this.#patched = new PatchedWeights(shared.device, storage, config, weights, shared.work, {
       limitBytes: poolBytes,

@@ -11,8 +11,14 @@ export interface TensorData {
   readonly data: Uint8Array;
 }
 
-/** How weights and activations are stored on the GPU; sums are always f32. */
-export type StorageDtype = 'f32' | 'f16';
+/**
+ * How weights and activations are stored on the GPU; sums are always f32. `q8_0`: the matrices in bytes with a scale for each 32
+ * of them, all else as in f16.
+ */
+export type StorageDtype = 'f32' | 'f16' | 'q8_0';
+
+/** What may be asked for: `auto` is f16. */
+export const STORAGE_CHOICES: readonly ('auto' | StorageDtype)[] = ['auto', 'f32', 'f16', 'q8_0'];
 
 /** A file to load. `name` is what clients call it, `version` changes when the file does. */
 export interface FileSource {
@@ -99,6 +105,7 @@ export interface EngineStats {
     readonly peakBytes: number;
   };
   readonly models: readonly (Omit<ModelInfo, 'config'> & {
+    /** Those on the GPU. Of several names for the same tensors, the first has their bytes. */
     readonly adapters: readonly { readonly lora: string; readonly sizeBytes: number }[];
   })[];
   /** What was put on the GPU, and what had to make room, since the engine started. */

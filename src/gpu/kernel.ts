@@ -70,6 +70,8 @@ export interface Virtual {
   readonly sizeBytes: number;
   /** Holds f32 whatever the storage of the plan. */
   readonly wide?: boolean;
+  /** The tensor that this is a range of, from its byte `offset` on; such offsets are aligned as bindings need it. */
+  readonly within?: { readonly tensor: Virtual; readonly offset: number };
 }
 
 /** A buffer with an owner outside the plan. `current` may change between runs: the plan binds it anew when it does. */

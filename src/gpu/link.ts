@@ -55,6 +55,7 @@ export function link(recipe: Recipe, storage: Storage): Linked {
   for (const name of recipe.operandNames)
     if (!kernel.bindings[name]) throw new Error(`kernel ${kernel.name} has no operand ${name}`);
   const files = [
+    'lib/half.wgsl',
     `lib/${storage}.wgsl`,
     ...Object.entries(kernel.options).map(([option, choices]) => {
       const file = choices[recipe.choices[option] ?? ''];

@@ -2,7 +2,7 @@
 import type { Dispatch } from './kernel.ts';
 
 /** Bytes that a kernel's params are bound with. */
-export const PARAMS_BYTES = 64;
+export const PARAMS_BYTES = 80;
 
 /** Writes the params, with those of `instead` in the place of the dispatch's own. */
 export function writeParams(

@@ -9,7 +9,7 @@ import { alignTo, type Dispatch, type Virtual } from './kernel.ts';
 import { recipeOf } from './link.ts';
 import { PARAMS_BYTES, writeParams } from './params.ts';
 import type { Compiled } from './pipeline.ts';
-import { checkLimits, dispatchesOf, layOut, type PlanSpec } from './spec.ts';
+import { checkLimits, dispatchesOf, layOut, type PlanSpec, type Step } from './spec.ts';
 import { type Part, partsOf, type Substitutes } from './substitutes.ts';
 
 export type { PlanSpec, Step } from './spec.ts';
@@ -42,10 +42,19 @@ interface Turn {
 /** Bind groups kept per dispatch for its parts. */
 const MAX_PARTS = 64;
 
-interface ReadyStep {
+interface ReadySlots {
   readonly down?: Ready;
   readonly slots: readonly ReadySlot[];
 }
+
+interface ReadyBundle {
+  readonly slots: readonly number[];
+  readonly tensors: readonly string[];
+  readonly together: readonly Ready[];
+  readonly apart: readonly ReadyStep[];
+}
+
+type ReadyStep = ReadySlots | ReadyBundle;
 
 interface ReadySlot {
   readonly slot: number;
@@ -115,19 +124,13 @@ export class Plan {
     );
     device.gpu.queue.writeBuffer(params, 0, bytes.buffer);
     const rest = [...ready];
-    const take = ({ length }: readonly Dispatch[]): readonly Ready[] => rest.splice(0, length);
-    const steps = spec.steps.map((step): ReadyStep => {
-      if (step.kind === 'always') return { slots: [{ slot: -1, base: take([step.dispatch]), main: [] }] };
-      const [down] = take([step.down]);
-      const slots = step.slots.map(({ slot, base, main }) => ({ slot, base: take(base), main: take(main) }));
-      return { down: down!, slots };
-    });
+    const steps = spec.steps.map((step) => readyStep(step, ({ length }) => rest.splice(0, length)));
     return new Plan(device, arena, spec, placed, steps, params);
   }
 
   /** Dispatches of a run without low-rank terms. */
   get dispatchCount(): number {
-    return this.#steps.flatMap(({ slots }) => slots).reduce((n, { base }) => n + base.length, 0);
+    return [...this.#walk({})].length;
   }
 
   /** Puts bytes into a feed; call before `run`, after the arena has room. */
@@ -136,9 +139,10 @@ export class Plan {
   }
 
   offsetOf(tensor: Virtual): number {
-    const offset = this.#offsets.get(tensor.id);
+    const { tensor: whole, offset: start } = tensor.within ?? { tensor, offset: 0 };
+    const offset = this.#offsets.get(whole.id);
     if (offset === undefined) throw new Error(`${tensor.label} is no tensor of the plan ${this.label}`);
-    return offset;
+    return offset + start;
   }
 
   /** Encodes the whole plan as one compute pass. */
@@ -196,13 +200,10 @@ export class Plan {
   }
 
   #all(): readonly Ready[] {
-    return this.#steps.flatMap(({ down, slots }) => [
-      ...(down ? [down] : []),
-      ...slots.flatMap(({ base, main }) => [...base, ...main]),
-    ]);
+    return this.#steps.flatMap(readyOf);
   }
 
-  *#walk({ blocks, substitutes }: Run): Generator<Turn> {
+  *#walk(run: Run): Generator<Turn> {
     if (this.#generation !== this.#device.generation) {
       for (const ready of this.#all()) {
         ready.bindGroup = undefined;
@@ -210,14 +211,7 @@ export class Plan {
       }
       this.#generation = this.#device.generation;
     }
-    for (const { down, slots } of this.#steps) {
-      const counts = slots.map(({ slot }) => (down ? (blocks?.(slot) ?? 0) : 0));
-      // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
-      const most = counts.reduce((sum, count) => sum + count, 0);
-      if (down && most > 0) yield { ready: down, grid: [most, down.dispatch.grid[1], down.dispatch.grid[2]] };
-      for (const [i, { base, main }] of slots.entries())
-        for (const ready of counts[i]! > 0 ? main : base) yield* turnsOf(ready, substitutes);
-    }
+    for (const step of this.#steps) yield* walk(step, run);
   }
 
   #dispatch(pass: GPUComputePassEncoder, { ready, grid, part }: Turn): void {
@@ -275,6 +269,41 @@ const strideOf = ({ capabilities }: Device): number => alignTo(PARAMS_BYTES, cap
 
 /** Images that a dispatch counts along its grid. */
 const imagesOf = ({ dispatch: { grid, imageAxis } }: Ready): number => (imageAxis ? grid[imageAxis] : 1);
+
+function readyStep(step: Step, take: (dispatches: readonly Dispatch[]) => readonly Ready[]): ReadyStep {
+  if (step.kind === 'always') return { slots: [{ slot: -1, base: take([step.dispatch]), main: [] }] };
+  if (step.kind === 'bundle') {
+    const together = take(step.together);
+    return { ...step, together, apart: step.apart.map((one) => readyStep(one, take)) };
+  }
+  const [down] = take([step.down]);
+  const slots = step.slots.map(({ slot, base, main }) => ({ slot, base: take(base), main: take(main) }));
+  return { down: down!, slots };
+}
+
+function readyOf(step: ReadyStep): readonly Ready[] {
+  if ('together' in step) return [...step.together, ...step.apart.flatMap(readyOf)];
+  return [...(step.down ? [step.down] : []), ...step.slots.flatMap(({ base, main }) => [...base, ...main])];
+}
+
+function* walk(step: ReadyStep, run: Run): Generator<Turn> {
+  const { blocks, substitutes } = run;
+  if ('together' in step) {
+    const isPlain =
+      step.slots.every((slot) => (blocks?.(slot) ?? 0) === 0) &&
+      !step.tensors.some((name) => substitutes?.has(name));
+    if (isPlain) for (const ready of step.together) yield { ready, grid: ready.dispatch.grid };
+    else for (const one of step.apart) yield* walk(one, run);
+    return;
+  }
+  const { down, slots } = step;
+  const counts = slots.map(({ slot }) => (down ? (blocks?.(slot) ?? 0) : 0));
+  // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
+  const most = counts.reduce((sum, count) => sum + count, 0);
+  if (down && most > 0) yield { ready: down, grid: [most, down.dispatch.grid[1], down.dispatch.grid[2]] };
+  for (const [i, { base, main }] of slots.entries())
+    for (const ready of counts[i]! > 0 ? main : base) yield* turnsOf(ready, substitutes);
+}
 
 function* turnsOf(ready: Ready, substitutes: Substitutes | undefined): Generator<Turn> {
   const { dispatch } = ready;

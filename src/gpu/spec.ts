@@ -12,7 +12,17 @@ export type Step =
    * Layers that read one tensor. Of each slot `base` runs when no image has low-rank terms for it, else `main`; `down` runs
    * before them when any of the slots has terms.
    */
-  | { readonly kind: 'slots'; readonly down: Dispatch; readonly slots: readonly Slot[] };
+  | { readonly kind: 'slots'; readonly down: Dispatch; readonly slots: readonly Slot[] }
+  /**
+   * `together` runs when no slot has low-rank terms and none of `tensors` is replaced for any image, else the steps `apart`.
+   */
+  | {
+      readonly kind: 'bundle';
+      readonly slots: readonly number[];
+      readonly tensors: readonly string[];
+      readonly together: readonly Dispatch[];
+      readonly apart: readonly Step[];
+    };
 
 export interface Slot {
   readonly slot: number;
@@ -32,7 +42,14 @@ export interface PlanSpec {
 
 export function dispatchesOf(step: Step): readonly Dispatch[] {
   if (step.kind === 'always') return [step.dispatch];
+  if (step.kind === 'bundle') return [...step.together, ...step.apart.flatMap(dispatchesOf)];
   return [step.down, ...step.slots.flatMap(({ base, main }) => [...base, ...main])];
+}
+
+/** What a run without low-rank terms and substitutes dispatches. */
+export function plainDispatchesOf(step: Step): readonly Dispatch[] {
+  if (step.kind === 'always') return [step.dispatch];
+  return step.kind === 'bundle' ? step.together : step.slots.flatMap(({ base }) => base);
 }
 
 /** Offsets of all virtual tensors, from the first step that names them to the last. */
@@ -41,7 +58,9 @@ export function layOut(
   alignment: number,
 ): { offsets: ReadonlyMap<number, number>; totalBytes: number; lowerBoundBytes: number } {
   const lives = new Map<number, { sizeBytes: number; first: number; last: number }>();
-  const touch = (tensor: Virtual, at: number): void => {
+  const whole = (tensor: Virtual): Virtual => tensor.within?.tensor ?? tensor;
+  const touch = (operand: Virtual, at: number): void => {
+    const tensor = whole(operand);
     const life = lives.get(tensor.id);
     if (!life) lives.set(tensor.id, { sizeBytes: tensor.sizeBytes, first: at, last: at });
     else life.last = Math.max(life.last, at);

@@ -8,7 +8,7 @@ export const geglu: Kernel = defineKernel({
     out: { type: 'array<Quad>', access: 'read_write' },
   },
   params: { rows: 'u32', quads: 'u32' },
-  variants: { plain: { files: ['elementwise/geglu.wgsl'] } },
+  variants: { plain: { files: ['lib/phi.wgsl', 'elementwise/geglu.wgsl'] } },
 });
 
 export const copy: Kernel = defineKernel({

@@ -10,10 +10,11 @@ import {
   type Kernel,
   type Operand,
 } from '../gpu/kernel.ts';
+import { choiceOf, PANEL, W_FILES, type WeightFormat } from './panel.ts';
 import { pick } from './pick.ts';
 
-/** Columns of a packed weight panel. */
-export const PANEL = 32;
+export { PANEL } from './panel.ts';
+
 /** Ranks of one low-rank block. */
 export const RANK_BLOCK = 8;
 
@@ -24,6 +25,10 @@ const PARAMS = {
   kQuads: 'u32',
   nQuads: 'u32',
   panels: 'u32',
+  segmentQuads: 'u32',
+  segmentStride: 'u32',
+  addQuads: 'u32',
+  addStride: 'u32',
   panel0: 'u32',
   split: 'u32',
   slotRow: 'u32',
@@ -41,7 +46,7 @@ export const gemm: Kernel = defineKernel({
   bindings: {
     x: { type: 'array<Quad>', access: 'read_write' },
     x2: { type: 'array<Quad>', access: 'read_write', optional: true },
-    w: { type: 'array<Quad>', access: 'read' },
+    w: { type: 'array<Weights>', access: 'read' },
     bias: { type: 'array<vec4f>', access: 'read', optional: true },
     add: { type: 'array<Quad>', access: 'read_write', optional: true },
     out: { type: 'array<Quad>', access: 'read_write' },
@@ -53,23 +58,24 @@ export const gemm: Kernel = defineKernel({
   options: {
     a: A_FILES,
     lora: { none: 'gemm/lora_none.wgsl', blocks: 'gemm/lora_blocks.wgsl' },
+    w: W_FILES,
   },
-  constants: { SILU: false, ADD_PER_ROW: true },
+  constants: { SILU: false, ADD_PER_ROW: true, GATED: false },
   variants: {
     broadcast32: {
-      files: ['gemm/store.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
+      files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
       subgroupSize: 8,
     },
     broadcast8: {
-      files: ['gemm/store.wgsl', 'gemm/broadcast8.wgsl'],
+      files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/broadcast8.wgsl'],
       constants: { WORKGROUP: 64 },
       subgroupSize: 8,
     },
-    tile: { files: ['gemm/store.wgsl', 'gemm/tile.wgsl'] },
+    tile: { files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/tile.wgsl'] },
   },
 });
 
-/** What a workgroup computes. */
+/** What a workgroup computes: panels of out (or one panel and its gates), rows. */
 const TILES: Readonly<Record<string, { readonly panels: number; readonly rows: number }>> = {
   broadcast32: { panels: 1, rows: 32 },
   broadcast8: { panels: 1, rows: 64 },
@@ -112,6 +118,15 @@ export type Rows =
       readonly stride: 1 | 2;
     };
 
+/**
+ * How columns lie in a tensor of several layers: segment after segment of so many columns, each [image, m, columns] and
+ * `strideQuads` behind the one before.
+ */
+export interface Segments {
+  readonly columns: number;
+  readonly strideQuads: number;
+}
+
 export interface GemmArgs {
   readonly label: string;
   readonly images: number;
@@ -124,15 +139,22 @@ export interface GemmArgs {
   readonly rows: Rows;
   readonly x: Operand;
   readonly out: Operand;
+  /** Of `out`; one segment of all columns unless told. */
+  readonly segments?: Segments | undefined;
   /** Packed weights, [n / 32][taps * channels][32]; all of them, or the panels from `panel0` on. */
   readonly w: Operand;
+  /** How `w` is stored: Quads unless told. */
+  readonly format?: WeightFormat | undefined;
   readonly panel0?: number;
   readonly panels?: number;
   readonly bias?: Operand | undefined;
-  /** Added to the result: [image, m, n], or [image, n] with `addPerImage`. */
+  /** Added to the result: [image, m, n], or [image, n] with `addPerImage`, in `addSegments`. */
   readonly add?: Operand | undefined;
+  readonly addSegments?: Segments | undefined;
   readonly addPerImage?: boolean | undefined;
   readonly silu?: boolean | undefined;
+  /** GEGLU: the layer has 2 * n columns, a multiple of 32 each of values and of gates, all of them in `w`. */
+  readonly gated?: boolean | undefined;
 }
 
 /** Where the low-rank terms of a layer live; see `shaders/gemm/lora_blocks.wgsl`. */
@@ -154,6 +176,7 @@ function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
     nQuads: args.n / 4,
     panels: args.panels ?? ceilDiv(args.n, PANEL),
     panel0: args.panel0 ?? 0,
+    ...segmentParams(args),
     split: rows.kind === 'concat' ? rows.splitChannels / 4 : 0,
     slotRow: slot * args.images,
     image0: 0,
@@ -163,6 +186,18 @@ function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
     inHeight: conv?.inHeight ?? 0,
     outWidth: conv?.outWidth ?? 0,
     stride: conv?.stride ?? 0,
+  };
+}
+
+function segmentParams({ n, segments, addSegments }: GemmArgs): Record<string, number> {
+  const whole = { columns: n, strideQuads: 0 };
+  const out = segments ?? whole;
+  const add = addSegments ?? whole;
+  return {
+    segmentQuads: out.columns / 4,
+    segmentStride: out.strideQuads,
+    addQuads: add.columns / 4,
+    addStride: add.strideQuads,
   };
 }
 
@@ -184,13 +219,15 @@ export function gemmOf(
   const tile = TILES[chosen]!;
   const params = paramsOf(args, lora?.slot ?? 0);
   const panels = params.panels!;
+  const columns = Math.min(panels * PANEL, args.n);
   return {
     kernel: gemm,
     variant: chosen,
-    choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none' },
+    choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none', w: choiceOf(args.format) },
     constants: {
       ...(args.silu ? { SILU: true } : {}),
       ...(args.addPerImage ? { ADD_PER_ROW: false } : {}),
+      ...(args.gated ? { GATED: true } : {}),
     },
     operands: {
       ...sources(args),
@@ -201,10 +238,10 @@ export function gemmOf(
       ...(lora ? { t: lora.t, up: lora.pool, table: lora.table } : {}),
     },
     params,
-    grid: [ceilDiv(panels, tile.panels), ceilDiv(args.m, tile.rows), args.images],
+    grid: [ceilDiv(panels, args.gated ? 1 : tile.panels), ceilDiv(args.m, tile.rows), args.images],
     imageAxis: 2,
     label: args.label,
-    flops: 2 * args.images * args.m * Math.min(panels * PANEL, args.n) * tapsOf(args.rows) * args.channels,
+    flops: (args.gated ? 4 : 2) * args.images * args.m * columns * tapsOf(args.rows) * args.channels,
   };
 }
 

@@ -4,14 +4,16 @@
  */
 import { ceilDiv, type Dispatch, defineKernel, type Kernel, type Operand } from '../gpu/kernel.ts';
 import { PACK_DTYPES } from './pack.ts';
+import { choiceOf, W_FILES, type WeightFormat } from './panel.ts';
 
 export const unpack: Kernel = defineKernel({
   name: 'unpack',
   bindings: {
-    w: { type: 'array<Quad>', access: 'read' },
+    w: { type: 'array<Weights>', access: 'read' },
     out: { type: 'array<f32>', access: 'read_write' },
   },
   params: { rows: 'u32', channels: 'u32', paddedChannels: 'u32', taps: 'u32' },
+  options: { w: W_FILES },
   variants: { plain: { files: ['patch/unpack.wgsl'] } },
 });
 
@@ -109,13 +111,16 @@ export function unpackOf(args: {
   readonly shape: WeightShape;
   readonly paddedChannels: number;
   readonly w: Operand;
+  /** How `w` is stored: Quads unless told. */
+  readonly format?: WeightFormat | undefined;
   readonly out: Operand;
 }): Dispatch {
-  const { label, shape, paddedChannels, w, out } = args;
+  const { label, shape, paddedChannels, w, format, out } = args;
   const { rows, channels, taps } = shape;
   return {
     ...plain,
     kernel: unpack,
+    choices: { w: choiceOf(format) },
     operands: { w, out },
     params: { rows, channels, paddedChannels, taps },
     grid: [ceilDiv(columnsOf(shape), 64), ceilDiv(rows, 4), 1],

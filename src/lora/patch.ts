@@ -186,7 +186,7 @@ export const shapeOf = ({
   outFeatures,
   inFeatures,
   kernel,
-}: Omit<Matrix, 'slot' | 'range'>): WeightShape => ({
+}: Pick<Matrix, 'outFeatures' | 'inFeatures' | 'kernel'>): WeightShape => ({
   rows: outFeatures,
   channels: inFeatures,
   taps: kernel ** 2,
@@ -221,11 +221,11 @@ export function patchMatrix(args: {
   const { tensor, matrix, sizeBytes, steps, work, out } = args;
   const label = `patch ${tensor}`;
   const shape = shapeOf(matrix);
-  const sizes = { label, paddedChannels: storedChannels(shape.channels) };
+  const sizes = { label, paddedChannels: storedChannels(shape.channels), format: matrix.format };
   return [
     unpackOf({ ...sizes, shape, w: matrix.range(0, sizeBytes), out: work.weight }),
     ...steps.flatMap((step) => apply(step, label, shape, work)),
-    packOf({ ...sizes, ...shape, dtype: 'F32', outOffset: 0, src: work.weight, out }),
+    packOf({ ...sizes, ...shape, dtype: 'F32', outPanel: 0, src: work.weight, out }),
   ];
 }
 

@@ -12,7 +12,7 @@ import type { Substitute, Substitutes } from '../gpu/substitutes.ts';
 import type { UNetConfig } from '../unet/config.ts';
 import { storedChannels, type WeightSource } from '../unet/draft.ts';
 import { type Part, partsOf } from '../unet/layers.ts';
-import { isMatrix, matrixBytes } from '../unet/packed.ts';
+import { isMatrix, placeOf } from '../unet/packed.ts';
 import { needOf, patchMatrix, patchVector, shapeOf } from './patch.ts';
 import type { StackEntry } from './table.ts';
 import { lowRankOf, nameOf, type Slots, type Variant, variantsOf } from './variants.ts';
@@ -270,7 +270,7 @@ export class PatchedWeights {
     const out: Resident = { kind: 'resident', label: tensor, current, offset: 0, sizeBytes: 0 };
     if (this.#slotOf(tensor) !== undefined) {
       const matrix = this.#weights.matrix(part.id);
-      const sizeBytes = matrixBytes(part, this.#storage);
+      const { sizeBytes } = placeOf(part, matrix.format);
       return patchMatrix({ tensor, matrix, sizeBytes, steps, work: this.#work.operands(), out });
     }
     const vector = this.#weights.vector(tensor);
@@ -282,7 +282,7 @@ export class PatchedWeights {
     const part = this.#parts.get(tensor)!;
     return this.#slotOf(tensor) === undefined
       ? storedChannels(part.outFeatures) * 4
-      : matrixBytes(part, this.#storage);
+      : placeOf(part, this.#weights.matrix(part.id).format).sizeBytes;
   }
 }
 

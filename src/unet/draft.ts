@@ -15,10 +15,10 @@ import {
 import type { Step } from '../gpu/plan.ts';
 import { attentionOf } from '../kernels/attention.ts';
 import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
-import type { LoraOperands, Rows } from '../kernels/gemm.ts';
+import { type LoraOperands, PANEL, type Rows, type Segments } from '../kernels/gemm.ts';
 import { groupNormOf, groupNormScratch, layerNormOf } from '../kernels/norm.ts';
 import { firstReader } from './layers.ts';
-import { type Matmul, type Matrix, matmulOf, stepsOf } from './matmul.ts';
+import { bundleStep, type Matmul, type Matrix, matmulOf, stepsOf } from './matmul.ts';
 
 /** Channels as stored: padded with zeros to a multiple of 8. */
 export const storedChannels = (channels: number): number => alignTo(channels, 8);
@@ -28,6 +28,19 @@ export interface WeightSource {
   matrix(id: string): Matrix;
   /** f32 values of a bias or norm parameter, padded to a multiple of 8; undefined where the layer has none. */
   vector(name: string): Operand | undefined;
+  /** The layers of a bundle as one matrix, and their biases in one vector; undefined where they do not lie side by side. */
+  bundle(id: string): BundledLayers | undefined;
+}
+
+export interface BundledLayers {
+  readonly matrix: Matrix;
+  readonly bias: Operand | undefined;
+}
+
+/** The output of one layer of a bundle. */
+export interface Columns {
+  readonly tensor: Virtual;
+  readonly segments?: Segments;
 }
 
 /** Activations [images, height * width, channels], channels as stored. */
@@ -61,10 +74,22 @@ interface LayerOptions {
   readonly rows?: Rows;
   readonly add?: Virtual | undefined;
   readonly addPerImage?: boolean;
+  readonly addSegments?: Segments | undefined;
   readonly silu?: boolean;
   /** The result is part of the residual stream and kept in f32. */
   readonly wide?: boolean;
 }
+
+interface MatmulOptions extends LayerOptions {
+  readonly gated?: boolean;
+  readonly out?: Virtual | undefined;
+  readonly segments?: Segments | undefined;
+}
+
+/** Layers that share a down projection. */
+type Group = readonly [string, ...string[]];
+
+const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
 
 export class Draft {
   readonly images: number;
@@ -111,32 +136,91 @@ export class Draft {
     return out;
   }
 
-  /** The linear layers that read `x`, which share a down projection of their low-rank terms. */
-  layers(ids: readonly [string, ...string[]], x: Virtual, m: number): readonly Virtual[] {
-    const stranger = ids.find((id) => firstReader(id) !== ids[0]);
-    if (stranger) throw new Error(`${stranger} does not read what ${ids[0]} reads`);
-    const [first, ...others] = ids;
-    const all = [this.#matmul(first, x, m), ...others.map((id) => this.#matmul(id, x, m))] as const;
-    this.#push([all[0].matmul, ...all.slice(1).map(({ matmul }) => matmul)], m);
-    return all.map(({ out }) => out);
+  /**
+   * The linear layers of a bundle, all of which read `x`, by id. Those of a group share a down projection of their low-rank
+   * terms.
+   */
+  bundle(id: string, groups: readonly Group[], x: Virtual, m: number): ReadonlyMap<string, Columns> {
+    for (const [first, ...others] of groups)
+      for (const other of others)
+        if (firstReader(other) !== first) throw new Error(`${other} does not read what ${first} reads`);
+    const ids = groups.flat();
+    const whole = this.#options.weights.bundle(id);
+    const { tensor, segments, outs } = whole
+      ? this.#segmented(id, ids, m)
+      : { tensor: undefined, segments: undefined, outs: new Map<string, Virtual>() };
+    const steps = groups.flatMap(([first, ...others]) => {
+      const matmul = (one: string): Matmul => {
+        const { matmul, out } = this.#matmul(one, x, m, { segments, out: outs.get(one) });
+        outs.set(one, out);
+        return matmul;
+      };
+      return this.#stepsOf([matmul(first), ...others.map(matmul)], m);
+    });
+    if (!whole || !tensor) this.steps.push(...steps);
+    else {
+      const { images } = this;
+      const { matrix, bias } = whole;
+      const shape = {
+        label: id,
+        images,
+        m,
+        channels: storedChannels(matrix.inFeatures),
+        n: matrix.outFeatures,
+      };
+      const args = { ...shape, rows: { kind: 'linear' } as const, x, out: tensor, segments, bias };
+      const { capabilities } = this.#options;
+      this.steps.push(bundleStep(matmulOf(matrix, args, capabilities), ids, steps, capabilities));
+    }
+    return new Map([...outs].map(([one, out]) => [one, { tensor: out, ...(segments ? { segments } : {}) }]));
+  }
+
+  /** One tensor for the outputs of layers, in segments so wide that every layer has whole ones, and its ranges. */
+  #segmented(
+    id: string,
+    ids: readonly string[],
+    m: number,
+  ): { readonly tensor: Virtual; readonly segments: Segments; readonly outs: Map<string, Virtual> } {
+    const { capabilities, weights } = this.#options;
+    const widths = ids.map((one) => weights.matrix(one).outFeatures);
+    const columns = widths.reduce(gcd);
+    const quadBytes = 4 * storageBytes(this.storage);
+    const strideBytes = alignTo((this.images * m * columns * quadBytes) / 4, capabilities.offsetAlignment);
+    const bytesOf = (width: number): number => (width / columns) * strideBytes;
+    const tensor = this.bytes(
+      id,
+      widths.reduce((sum, width) => sum + bytesOf(width), 0),
+    );
+    const outs = new Map<string, Virtual>();
+    let offset = 0;
+    for (const [i, width] of widths.entries()) {
+      const range = this.bytes(ids[i]!, bytesOf(width));
+      outs.set(ids[i]!, { ...range, within: { tensor, offset } });
+      offset += range.sizeBytes;
+    }
+    return { tensor, segments: { columns, strideQuads: strideBytes / quadBytes }, outs };
   }
 
   #push(matmuls: readonly [Matmul, ...Matmul[]], rows: number): void {
+    this.steps.push(...this.#stepsOf(matmuls, rows));
+  }
+
+  #stepsOf(matmuls: readonly [Matmul, ...Matmul[]], rows: number): readonly Step[] {
     const { capabilities, lora } = this.#options;
-    this.steps.push(...stepsOf(matmuls, capabilities, lora));
     if (lora) this.inputs.push({ slots: matmuls.map(({ slot }) => slot), rows });
+    return stepsOf(matmuls, capabilities, lora);
   }
 
   #matmul(
     id: string,
     x: Virtual,
     m: number,
-    { rows = { kind: 'linear' }, wide, ...epilogue }: LayerOptions = {},
+    { rows = { kind: 'linear' }, wide, out: given, ...epilogue }: MatmulOptions = {},
   ): { readonly matmul: Matmul; readonly out: Virtual } {
     const { capabilities, weights } = this.#options;
     const matrix = weights.matrix(id);
-    const n = storedChannels(matrix.outFeatures);
-    const out = this.tensor(id, this.images * m * n, wide);
+    const n = storedChannels(epilogue.gated ? matrix.outFeatures / 2 : matrix.outFeatures);
+    const out = given ?? this.tensor(id, this.images * m * n, wide);
     const args = {
       label: id,
       images: this.images,
@@ -149,7 +233,7 @@ export class Draft {
       bias: weights.vector(`${id}.bias`),
       ...epilogue,
     };
-    return { matmul: matmulOf(matrix, args, this.storage, capabilities), out };
+    return { matmul: matmulOf(matrix, args, capabilities), out };
   }
 
   /** A 3x3 convolution to height x width; `scaleTo` is the size the convolution sees (nearest upsample) if not x's own. */
@@ -161,6 +245,7 @@ export class Draft {
       scaleTo?: readonly [number, number];
       add?: Virtual | undefined;
       addPerImage?: boolean;
+      addSegments?: Segments | undefined;
       wide?: boolean;
     } = {},
   ): Activation {
@@ -178,8 +263,9 @@ export class Draft {
       outWidth: width,
       stride,
     };
-    const { add, addPerImage = false, wide = false } = options;
-    const tensor = this.layer(id, x.tensor, height * width, { rows, add, addPerImage, wide });
+    const { add, addPerImage = false, addSegments, wide = false } = options;
+    const epilogue = { add, addPerImage, addSegments, wide };
+    const tensor = this.layer(id, x.tensor, height * width, { rows, ...epilogue });
     const channels = storedChannels(this.#options.weights.matrix(id).outFeatures);
     return { tensor, channels, height, width };
   }
@@ -244,10 +330,17 @@ export class Draft {
     return out;
   }
 
-  geglu(id: string, x: Virtual, tokens: number, inner: number): Virtual {
-    const rows = this.images * tokens;
-    const out = this.tensor(id, rows * inner);
-    this.always(gegluOf({ label: id, rows, inner, x, out }));
+  /** The values of a linear layer times the GELU of its gates: `m` rows of `x` -> [images, m, outFeatures / 2]. */
+  geglu(id: string, x: Virtual, m: number): Virtual {
+    const inner = this.#options.weights.matrix(id).outFeatures / 2;
+    const out = this.tensor(id, this.images * m * inner);
+    const { matmul } = this.#matmul(id, x, m, { gated: true, out });
+    // Values and gates must be bound together, each in whole panels.
+    if (matmul.parts.length === 1 && inner % PANEL === 0) this.#push([matmul], m);
+    else {
+      const both = this.layer(id, x, m);
+      this.always(gegluOf({ label: id, rows: this.images * m, inner, x: both, out }));
+    }
     return out;
   }
 

@@ -111,6 +111,34 @@ export function layersOf(config: UNetConfig): readonly Layer[] {
   return layers;
 }
 
+/** Linear layers that read one tensor: their weights lie side by side on the GPU, as the rows of one matrix. */
+export interface Bundle {
+  /** LDM path of what holds them: `….transformer_blocks.0.attn1`, a transformer's `….attn2`, `emb_layers` of all blocks. */
+  readonly id: string;
+  readonly parts: readonly Part[];
+}
+
+/** The bundle that a layer belongs to, if any: q, k and v; k and v of a transformer's cross-attentions; the time projections. */
+const BUNDLES: readonly (readonly [layer: RegExp, bundle: string])[] = [
+  [/\.attn1\.to_[qkv]$/, '.attn1'],
+  [/\.transformer_blocks\.\d+\.attn2\.to_[kv]$/, '.attn2'],
+  [/^.*\.emb_layers\.1$/, 'emb_layers'],
+];
+
+/** Bundles of whole panels of `columns`; what does not fill them stays by itself. */
+export function bundlesOf(config: UNetConfig, columns: number): readonly Bundle[] {
+  const bundles = new Map<string, Part[]>();
+  for (const part of partsOf(config)) {
+    const [layer, bundle] = BUNDLES.find(([pattern]) => pattern.test(part.id)) ?? [];
+    if (!layer || !bundle) continue;
+    const id = part.id.replace(layer, bundle);
+    bundles.set(id, [...(bundles.get(id) ?? []), part]);
+  }
+  return [...bundles]
+    .map(([id, parts]) => ({ id, parts }))
+    .filter(({ parts }) => parts.length > 1 && parts.every(({ outFeatures }) => outFeatures % columns === 0));
+}
+
 /**
  * The first of the layers that read the same tensor as this one: q, k and v of self-attention, k and v of cross-attention.
  * Every other layer stands alone.

@@ -2,13 +2,15 @@
  * Layers as matmuls: weights that exceed a binding are split, and layers that read one tensor become one step with their
  * low-rank form. Builds dispatches from arguments; allocates no tensors and knows no layer by name.
  */
-import { type Capabilities, ceilDiv, type Operand, type Storage, storageBytes } from '../gpu/kernel.ts';
+import { type Capabilities, ceilDiv, type Operand } from '../gpu/kernel.ts';
 import type { Step } from '../gpu/plan.ts';
-import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf, PANEL } from '../kernels/gemm.ts';
+import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf } from '../kernels/gemm.ts';
+import { PANEL, panelBytes, panelsPerBinding, type WeightFormat } from '../kernels/panel.ts';
 
-/** A packed weight matrix: [panels][k][32] in the storage dtype, and its layer's LoRA slot. */
+/** A packed weight matrix, [panels][k][32], and its layer's LoRA slot. */
 export interface Matrix {
   readonly slot: number;
+  readonly format: WeightFormat;
   readonly inFeatures: number;
   readonly outFeatures: number;
   readonly kernel: number;
@@ -24,21 +26,35 @@ export interface Matmul {
 
 export function matmulOf(
   matrix: Matrix,
-  args: Omit<GemmArgs, 'w'>,
-  storage: Storage,
-  { maxBindingBytes }: Capabilities,
+  args: Omit<GemmArgs, 'w' | 'format'>,
+  capabilities: Capabilities,
 ): Matmul {
-  const panelBytes = matrix.kernel ** 2 * args.channels * PANEL * storageBytes(storage);
+  const { format } = matrix;
+  const bytes = panelBytes(matrix.kernel ** 2 * args.channels, format);
   const panels = ceilDiv(matrix.outFeatures, PANEL);
-  const most = Math.max(1, Math.floor(maxBindingBytes / panelBytes));
+  const most = panelsPerBinding(panels, bytes, capabilities);
   const parts: GemmArgs[] = [];
   for (let panel0 = 0; panel0 < panels; panel0 += most) {
     const count = Math.min(most, panels - panel0);
-    const w = matrix.range(panel0 * panelBytes, count * panelBytes);
-    parts.push({ ...args, w, panel0, panels: count });
+    const w = matrix.range(panel0 * bytes, count * bytes);
+    parts.push({ ...args, w, format, panel0, panels: args.gated ? count / 2 : count });
   }
   return { slot: matrix.slot, parts };
 }
+
+/** Layers that read one tensor as the one matrix that their weights are, and as they run where each needs its own. */
+export const bundleStep = (
+  { parts }: Matmul,
+  layers: readonly string[],
+  apart: readonly Step[],
+  capabilities: Capabilities,
+): Step => ({
+  kind: 'bundle',
+  slots: apart.flatMap((step) => (step.kind === 'slots' ? step.slots.map(({ slot }) => slot) : [])),
+  tensors: layers.flatMap((id) => [`${id}.weight`, `${id}.bias`]),
+  together: parts.map((part) => gemmOf(part, capabilities)),
+  apart,
+});
 
 /** The steps of layers that read one tensor: one down projection makes the low-rank terms of them all. */
 export function stepsOf(

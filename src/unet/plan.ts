@@ -8,6 +8,7 @@ import { toNchwOf } from '../kernels/elementwise.ts';
 import type { UNetConfig, UNetModule } from './config.ts';
 import {
   type Activation,
+  type Columns,
   Draft,
   type DraftOptions,
   type LayerInput,
@@ -76,8 +77,8 @@ class UNetDrafter {
   readonly #points = new Map<string, Activation>();
   readonly #control = new Map<string, Virtual>();
   readonly #context: Virtual;
-  /** SiLU of the time (and label) embedding: what every ResBlock projects. */
-  #emb: Virtual | undefined;
+  /** What every ResBlock adds of the time (and label) embedding, by its layer. */
+  #embeddings: ReadonlyMap<string, Columns> = new Map();
 
   constructor(config: UNetConfig, shape: UNetShape, options: Omit<DraftOptions, 'images'>) {
     this.#config = config;
@@ -138,8 +139,12 @@ class UNetDrafter {
       label = draft.layer('label_emb.0.2', draft.layer('label_emb.0.0', y, 1, { silu: true }), 1);
     }
     const hidden = draft.layer('time_embed.0', time, 1, { silu: true });
-    this.#emb = draft.layer('time_embed.2', hidden, 1, { add: label, silu: true });
-    this.#points.set('emb', { tensor: this.#emb, channels: timeEmbedDim, height: 1, width: 1 });
+    const emb = draft.layer('time_embed.2', hidden, 1, { add: label, silu: true });
+    this.#points.set('emb', { tensor: emb, channels: timeEmbedDim, height: 1, width: 1 });
+    const { input, middle, output } = this.#config;
+    const blocks = [...input.flat(), ...middle, ...output.flat()].filter(({ kind }) => kind === 'res');
+    const projections = blocks.map(({ id }) => [`${id}.emb_layers.1`] as const);
+    this.#embeddings = draft.bundle('emb_layers', projections, emb, 1);
     return { time, y };
   }
 
@@ -209,8 +214,8 @@ class UNetDrafter {
   #res({ id, inChannels, outChannels }: Res, x: Activation, skip: Activation | undefined): Activation {
     const draft = this.#draft;
     const normed = draft.groupNorm(`${id}.in_layers.0`, x, RES_EPS, true, skip);
-    const emb = draft.layer(`${id}.emb_layers.1`, this.#emb!, 1);
-    const hidden = draft.conv3(`${id}.in_layers.2`, normed, { add: emb, addPerImage: true });
+    const { tensor: add, segments: addSegments } = this.#embeddings.get(`${id}.emb_layers.1`)!;
+    const hidden = draft.conv3(`${id}.in_layers.2`, normed, { add, addSegments, addPerImage: true });
     let straight = x.tensor;
     if (inChannels !== outChannels) {
       const rows = skip
@@ -229,40 +234,42 @@ class UNetDrafter {
     const like = (tensor: Virtual): Activation => ({ ...x, tensor });
     const input = draft.groupNorm(`${id}.norm`, x, TRANSFORMER_EPS, false).tensor;
     let h = like(draft.layer(`${id}.proj_in`, input, tokens, { wide: true }));
-    for (let i = 0; i < depth; i++) {
-      const block = `${id}.transformer_blocks.${i}`;
+    const blocks = Array.from({ length: depth }, (_, i) => `${id}.transformer_blocks.${i}`);
+    const { contextTokens } = this.#shape;
+    // Nothing of the image is in the keys and values of the cross-attentions: those of all blocks are made at once.
+    const cross = draft.bundle(
+      `${id}.attn2`,
+      blocks.map((block) => [`${block}.attn2.to_k`, `${block}.attn2.to_v`] as const),
+      this.#context,
+      contextTokens,
+    );
+    for (const block of blocks) {
+      const [attn1, attn2] = [`${block}.attn1`, `${block}.attn2`];
       const normed = draft.layerNorm(`${block}.norm1`, h).tensor;
-      h = like(this.#attend(module, `${block}.attn1`, h, normed, normed, tokens));
-      const queries = draft.layerNorm(`${block}.norm2`, h).tensor;
-      h = like(this.#attend(module, `${block}.attn2`, h, queries, this.#context, this.#shape.contextTokens));
-      const inner = draft.layer(
-        `${block}.ff.net.0.proj`,
-        draft.layerNorm(`${block}.norm3`, h).tensor,
-        tokens,
-      );
-      const gated = draft.geglu(`${block}.ff.net.0`, inner, tokens, x.channels * 4);
+      const own = draft.bundle(attn1, [[`${attn1}.to_q`, `${attn1}.to_k`, `${attn1}.to_v`]], normed, tokens);
+      h = like(this.#attend(module, attn1, h, own.get(`${attn1}.to_q`)!.tensor, own, tokens));
+      const queries = draft.layer(`${attn2}.to_q`, draft.layerNorm(`${block}.norm2`, h).tensor, tokens);
+      h = like(this.#attend(module, attn2, h, queries, cross, contextTokens));
+      const inner = draft.layerNorm(`${block}.norm3`, h).tensor;
+      const gated = draft.geglu(`${block}.ff.net.0.proj`, inner, tokens);
       h = like(draft.layer(`${block}.ff.net.2`, gated, tokens, { add: h.tensor, wide: true }));
     }
     return like(draft.layer(`${id}.proj_out`, h.tensor, tokens, { add: x.tensor, wide: true }));
   }
 
-  /** residual + to_out(attention(to_q(x), to_k(context), to_v(context))) */
+  /** residual + to_out(attention(q, k, v)), k and v among `layers`. */
   #attend(
     { heads, headDim }: Transformer,
     id: string,
     residual: Activation,
-    x: Virtual,
-    context: Virtual,
+    q: Virtual,
+    layers: ReadonlyMap<string, Columns>,
     keys: number,
   ): Virtual {
     const draft = this.#draft;
     const queries = tokensOf(residual);
-    const [toQ, toK, toV] = [`${id}.to_q`, `${id}.to_k`, `${id}.to_v`] as const;
-    const [q, k, v] =
-      x === context
-        ? draft.layers([toQ, toK, toV], x, queries)
-        : [draft.layer(toQ, x, queries), ...draft.layers([toK, toV], context, keys)];
-    const attended = draft.attention(id, heads, headDim, queries, keys, q!, k!, v!);
+    const [k, v] = [layers.get(`${id}.to_k`)!.tensor, layers.get(`${id}.to_v`)!.tensor];
+    const attended = draft.attention(id, heads, headDim, queries, keys, q, k, v);
     return draft.layer(`${id}.to_out.0`, attended, queries, { add: residual.tensor, wide: true });
   }
 }

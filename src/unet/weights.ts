@@ -6,17 +6,25 @@ import { setTimeout as sleep } from 'node:timers/promises';
 import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { type Device, Usage } from '../gpu/device.ts';
-import { alignTo, ceilDiv, type Operand, type Resident, type Storage, storageBytes } from '../gpu/kernel.ts';
+import { alignTo, type Operand, type Resident } from '../gpu/kernel.ts';
 import { Plan } from '../gpu/plan.ts';
 import { toF32 } from '../half.ts';
-import { PANEL } from '../kernels/gemm.ts';
 import { packOf } from '../kernels/pack.ts';
+import { leastPanels, PANEL, panelsPerBinding, storageOf, type WeightFormat } from '../kernels/panel.ts';
 import type { SafetensorsFile, TensorEntry } from '../safetensors.ts';
 import type { UNetConfig } from './config.ts';
-import { storedChannels, type WeightSource } from './draft.ts';
-import { layersOf, type Part, partsOf } from './layers.ts';
+import { type BundledLayers, storedChannels, type WeightSource } from './draft.ts';
+import { type Bundle, layersOf, type Part, partsOf } from './layers.ts';
 import type { Matrix } from './matmul.ts';
-import { checkDtypes, isMatrix, matrixBytes, vectorBytes, vectorNames } from './packed.ts';
+import {
+  bundleBiasBytes,
+  checkDtypes,
+  heldBundles,
+  isMatrix,
+  placeOf,
+  vectorBytes,
+  vectorNames,
+} from './packed.ts';
 
 /** File bytes uploaded at a time: all that loading holds in JS memory. */
 const CHUNK_BYTES = 16 * 1024 * 1024;
@@ -26,9 +34,12 @@ const MAX_QUEUED_BYTES = 4 * CHUNK_BYTES;
 /** Progress in file bytes. */
 export type OnBytes = (done: number, total: number) => void;
 
-interface PackedMatrix {
-  readonly buffer: GPUBuffer;
-  readonly matrix: Matrix;
+/** What a load makes: everything by name, and the buffers that hold it. */
+interface Loaded {
+  readonly matrices: ReadonlyMap<string, Matrix>;
+  readonly vectors: ReadonlyMap<string, Operand>;
+  readonly bundles: ReadonlyMap<string, BundledLayers>;
+  readonly buffers: readonly GPUBuffer[];
 }
 
 const resident = (label: string, buffer: GPUBuffer, offset: number, sizeBytes: number): Resident => ({
@@ -47,19 +58,11 @@ const tensorOf = (name: string, start: number, operand: Resident): Resident => (
 
 export class Weights implements WeightSource {
   readonly sizeBytes: number;
-  readonly #matrices: ReadonlyMap<string, PackedMatrix>;
-  readonly #vectors: ReadonlyMap<string, Operand>;
-  readonly #vectorBuffer: GPUBuffer;
+  readonly #loaded: Loaded;
 
-  private constructor(
-    matrices: ReadonlyMap<string, PackedMatrix>,
-    vectors: ReadonlyMap<string, Operand>,
-    vectorBuffer: GPUBuffer,
-  ) {
-    this.#matrices = matrices;
-    this.#vectors = vectors;
-    this.#vectorBuffer = vectorBuffer;
-    this.sizeBytes = [...matrices.values()].reduce((sum, m) => sum + m.buffer.size, vectorBuffer.size);
+  private constructor(loaded: Loaded) {
+    this.#loaded = loaded;
+    this.sizeBytes = loaded.buffers.reduce((sum, { size }) => sum + size, 0);
   }
 
   /**
@@ -68,16 +71,15 @@ export class Weights implements WeightSource {
    */
   static async load(
     device: Device,
-    storage: Storage,
+    format: WeightFormat,
     config: UNetConfig,
     file: SafetensorsFile,
     entryOf: (ldmName: string) => TensorEntry,
     onBytes: OnBytes = () => {},
   ): Promise<Weights> {
-    const loader = new Loader(device, storage, config, file, entryOf, onBytes);
+    const loader = new Loader(device, format, config, file, entryOf, onBytes);
     try {
-      const { matrices, vectors, vectorBuffer } = await loader.load();
-      return new Weights(matrices, vectors, vectorBuffer);
+      return new Weights(await loader.load());
     } catch (error) {
       loader.discard();
       throw error;
@@ -87,18 +89,22 @@ export class Weights implements WeightSource {
   }
 
   matrix(id: string): Matrix {
-    const found = this.#matrices.get(id);
+    const found = this.#loaded.matrices.get(id);
     if (!found) throw new Error(`the model has no layer ${id}`);
-    return found.matrix;
+    return found;
   }
 
   vector(name: string): Operand | undefined {
-    return this.#vectors.get(name);
+    return this.#loaded.vectors.get(name);
+  }
+
+  bundle(id: string): BundledLayers | undefined {
+    return this.#loaded.bundles.get(id);
   }
 
   /** Every weight buffer, to read them back. */
   buffers(): readonly GPUBuffer[] {
-    return [...[...this.#matrices.values()].map((m) => m.buffer), this.#vectorBuffer];
+    return this.#loaded.buffers;
   }
 
   close(): void {
@@ -109,7 +115,7 @@ export class Weights implements WeightSource {
 /** One load: the chunk, the staging buffer and what has been made so far. */
 class Loader {
   readonly #device: Device;
-  readonly #storage: Storage;
+  readonly #format: WeightFormat;
   readonly #config: UNetConfig;
   readonly #file: SafetensorsFile;
   readonly #entryOf: (ldmName: string) => TensorEntry;
@@ -125,46 +131,41 @@ class Loader {
 
   constructor(
     device: Device,
-    storage: Storage,
+    format: WeightFormat,
     config: UNetConfig,
     file: SafetensorsFile,
     entryOf: (ldmName: string) => TensorEntry,
     onBytes: OnBytes,
   ) {
     this.#device = device;
-    this.#storage = storage;
+    this.#format = format;
     this.#config = config;
     this.#file = file;
     this.#entryOf = entryOf;
     this.#onBytes = onBytes;
-    const widestPanel = Math.max(
-      ...partsOf(config).map((part) => PANEL * part.inFeatures * part.kernel ** 2 * 4),
-    );
-    this.#stagingBytes = Math.max(CHUNK_BYTES, alignTo(widestPanel, 16));
+    const widest = partsOf(config).map((part) => {
+      const panels = isMatrix(part) ? leastPanels(placeOf(part, format).panelBytes, device.capabilities) : 0;
+      return panels * PANEL * part.inFeatures * part.kernel ** 2 * 4;
+    });
+    this.#stagingBytes = Math.max(CHUNK_BYTES, ...widest.map((bytes) => alignTo(bytes, 16)));
     this.#chunk = new Uint8Array(this.#stagingBytes);
     this.#arena = new Arena(device, 'weight packing');
   }
 
-  async load(): Promise<{
-    matrices: ReadonlyMap<string, PackedMatrix>;
-    vectors: ReadonlyMap<string, Operand>;
-    vectorBuffer: GPUBuffer;
-  }> {
+  async load(): Promise<Loaded> {
     checkDtypes(this.#config, this.#entryOf);
     const parts = partsOf(this.#config);
-    const slots = new Map(layersOf(this.#config).map((layer, slot) => [layer.id, slot]));
+    const held = heldBundles(this.#config, this.#format, this.#device.capabilities);
     this.#total = parts.reduce(
       (sum, { id, bias }) =>
         sum + this.#entryOf(`${id}.weight`).byteLength + (bias ? this.#entryOf(`${id}.bias`).byteLength : 0),
       0,
     );
     this.#staging = await this.#create('weight staging', this.#stagingBytes);
-    const matrices = new Map<string, PackedMatrix>();
-    const { vectors, buffer: vectorBuffer } = await this.#loadVectors(parts);
-    for (const part of parts)
-      if (isMatrix(part)) matrices.set(part.id, await this.#loadMatrix(part, slots.get(part.id) ?? -1));
+    const { vectors, biases } = await this.#loadVectors(parts, held);
+    const { matrices, bundles } = await this.#loadMatrices(parts, held, biases);
     await this.#drain();
-    return { matrices, vectors, vectorBuffer };
+    return { matrices, vectors, bundles, buffers: this.#made.filter((buffer) => buffer !== this.#staging) };
   }
 
   discard(): void {
@@ -185,10 +186,11 @@ class Loader {
     return buffer;
   }
 
-  /** Biases and norm parameters in f32, all in one buffer. */
+  /** Biases and norm parameters in f32, and once more the biases of each bundle without gaps, all in one buffer. */
   async #loadVectors(
     parts: readonly Part[],
-  ): Promise<{ vectors: ReadonlyMap<string, Operand>; buffer: GPUBuffer }> {
+    held: readonly Bundle[],
+  ): Promise<{ vectors: ReadonlyMap<string, Operand>; biases: ReadonlyMap<string, Operand> }> {
     const alignment = this.#device.capabilities.offsetAlignment;
     const places: { name: string; offset: number; sizeBytes: number }[] = [];
     let total = 0;
@@ -199,6 +201,11 @@ class Loader {
         total += vectorBytes(part, alignment);
       }
     }
+    const again = held.flatMap((bundle) => {
+      const sizeBytes = bundleBiasBytes(bundle, alignment);
+      total += sizeBytes;
+      return sizeBytes > 0 ? [{ bundle, offset: total - sizeBytes, sizeBytes }] : [];
+    });
     const all = new Uint8Array(total);
     for (const { name, offset } of places) {
       const entry = this.#entryOf(name);
@@ -206,53 +213,98 @@ class Loader {
       all.set(new Uint8Array(values.buffer, values.byteOffset, values.byteLength), offset);
       this.#advance(entry.byteLength);
     }
+    const offsets = new Map(places.map(({ name, offset }) => [name, offset]));
+    for (const { bundle, offset } of again) {
+      let at = offset;
+      for (const { id, outFeatures } of bundle.parts) {
+        const from = offsets.get(`${id}.bias`)!;
+        all.copyWithin(at, from, from + outFeatures * 4);
+        at += outFeatures * 4;
+      }
+    }
     const buffer = await this.#create('vectors', total);
     this.#device.gpu.queue.writeBuffer(buffer, 0, all);
-    const vectors = new Map(
-      places.map(({ name, offset, sizeBytes }) => [
-        name,
-        tensorOf(name, 0, resident(name, buffer, offset, sizeBytes)),
-      ]),
-    );
-    return { vectors, buffer };
+    return {
+      vectors: new Map(
+        places.map(({ name, offset, sizeBytes }) => [
+          name,
+          tensorOf(name, 0, resident(name, buffer, offset, sizeBytes)),
+        ]),
+      ),
+      biases: new Map(
+        again.map(({ bundle: { id }, offset, sizeBytes }) => [id, resident(id, buffer, offset, sizeBytes)]),
+      ),
+    };
   }
 
-  async #loadMatrix(part: Part, slot: number): Promise<PackedMatrix> {
+  async #loadMatrices(
+    parts: readonly Part[],
+    held: readonly Bundle[],
+    biases: ReadonlyMap<string, Operand>,
+  ): Promise<Pick<Loaded, 'matrices' | 'bundles'>> {
+    const slots = new Map(layersOf(this.#config).map((layer, slot) => [layer.id, slot]));
+    const matrices = new Map<string, Matrix>();
+    const bundles = new Map<string, BundledLayers>();
+    const bundled = new Set(held.flatMap((bundle) => bundle.parts.map(({ id }) => id)));
+    const alone = parts.filter((part) => isMatrix(part) && !bundled.has(part.id));
+    for (const { id, parts: members } of [
+      ...held,
+      ...alone.map((part) => ({ id: part.id, parts: [part] })),
+    ]) {
+      const sizes = members.map((part) => placeOf(part, this.#format).sizeBytes);
+      const buffer = await this.#create(
+        id,
+        sizes.reduce((sum, bytes) => sum + bytes, 0),
+      );
+      let start = 0;
+      for (const [i, part] of members.entries()) {
+        matrices.set(part.id, await this.#loadMatrix(part, slots.get(part.id) ?? -1, buffer, start));
+        start += sizes[i]!;
+      }
+      if (members.length === 1) continue;
+      const [{ inFeatures, kernel }] = members as [Part];
+      const outFeatures = members.reduce((sum, part) => sum + part.outFeatures, 0);
+      const range = (offset: number, bytes: number): Operand => resident(id, buffer, offset, bytes);
+      const { format } = matrices.get(members[0]!.id)!;
+      const matrix = { slot: -1, format, inFeatures, outFeatures, kernel, range };
+      bundles.set(id, { matrix, bias: biases.get(id) });
+    }
+    return { matrices, bundles };
+  }
+
+  /** Packs a matrix into the bytes of `buffer` from `start` on. */
+  async #loadMatrix(part: Part, slot: number, buffer: GPUBuffer, start: number): Promise<Matrix> {
     const { id, inFeatures, outFeatures, kernel } = part;
     const entry = this.#entryOf(`${id}.weight`);
-    const buffer = await this.#create(id, matrixBytes(part, this.#storage));
+    const { format, panels, panelBytes } = placeOf(part, this.#format);
     const rowBytes = entry.byteLength / outFeatures;
-    const panelQuads = (kernel ** 2 * storedChannels(inFeatures) * PANEL) / 4;
-    const most = this.#device.capabilities.maxBindingBytes;
-    const panelBytes = panelQuads * 4 * storageBytes(this.#storage);
-    const widest = Math.max(panelBytes, rowBytes * PANEL);
+    const { capabilities } = this.#device;
+    const least = Math.min(panels, leastPanels(panelBytes, capabilities));
+    const widest = least * Math.max(panelBytes, rowBytes * PANEL);
+    const most = capabilities.maxBindingBytes;
     if (widest > most)
       throw new UnetdError(
         'ERR_TOO_LARGE',
-        `${PANEL} columns of ${entry.name} take ${widest} bytes, the adapter binds at most ${most}: it cannot hold this model`,
+        `${least * PANEL} columns of ${entry.name} take ${widest} bytes, the adapter binds at most ${most}: it cannot hold this model`,
         { tensor: entry.name, needed: widest, limit: most },
       );
     // A chunk is bound twice, as the file has it and packed.
-    const perChunk = Math.max(
-      1,
-      Math.min(
-        Math.floor(Math.min(most, this.#chunk.byteLength) / (rowBytes * PANEL)),
-        Math.floor(most / panelBytes),
-      ),
-    );
-    for (let panel = 0; panel * PANEL < outFeatures; panel += perChunk) {
-      const rows = Math.min(perChunk * PANEL, outFeatures - panel * PANEL);
-      const outBytes = ceilDiv(rows, PANEL) * panelBytes;
-      const out = resident(id, buffer, panel * panelBytes, outBytes);
-      await this.#packRows(part, entry, panel * PANEL * rowBytes, rows, rows * rowBytes, out);
+    const inChunk = Math.floor(Math.min(most, this.#chunk.byteLength) / (rowBytes * PANEL) / least) * least;
+    const perChunk = Math.min(inChunk, panelsPerBinding(panels, panelBytes, capabilities));
+    for (let panel = 0; panel < panels; panel += perChunk) {
+      const count = Math.min(perChunk, panels - panel);
+      const rows = Math.min(count * PANEL, outFeatures - panel * PANEL);
+      const out = resident(id, buffer, start + panel * panelBytes, count * panelBytes);
+      await this.#packRows(part, format, entry, panel * PANEL * rowBytes, rows, rows * rowBytes, out);
     }
     const range = (offset: number, sizeBytes: number): Operand =>
-      tensorOf(`${id}.weight`, offset, resident(id, buffer, offset, sizeBytes));
-    return { buffer, matrix: { slot, inFeatures, outFeatures, kernel, range } };
+      tensorOf(`${id}.weight`, offset, resident(id, buffer, start + offset, sizeBytes));
+    return { slot, format, inFeatures, outFeatures, kernel, range };
   }
 
   async #packRows(
     { id, inFeatures, kernel }: Part,
+    format: WeightFormat,
     entry: TensorEntry,
     start: number,
     rows: number,
@@ -270,13 +322,14 @@ class Loader {
       channels: inFeatures,
       paddedChannels: storedChannels(inFeatures),
       taps: kernel ** 2,
-      outOffset: 0,
+      outPanel: 0,
+      format,
       src: resident('weight staging', staging, 0, alignTo(byteLength, 4)),
       out,
     });
     const plan = await Plan.compile(this.#device, this.#arena, {
       label: `pack ${id}`,
-      storage: this.#storage,
+      storage: storageOf(format),
       steps: [{ kind: 'always', dispatch }],
       feeds: [],
       results: [],

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { Engine } from '../../src/engine/engine.ts';
-import type { StepRequest } from '../../src/engine/types.ts';
+import type { StepRequest, StorageDtype } from '../../src/engine/types.ts';
 import { toF32 } from '../../src/half.ts';
 import {
   ARCHITECTURES,
@@ -28,7 +28,7 @@ afterAll(async () => {
   rmSync(folder, { recursive: true });
 });
 
-async function open(fixture: Fixture, dtype: 'f32' | 'f16'): Promise<string> {
+async function open(fixture: Fixture, dtype: StorageDtype): Promise<string> {
   const model = fixture.metadata.architecture;
   const path = join(folder, `${model}.safetensors`);
   writeCheckpoint(path, fixture.metadata.tensors, { dtype: 'F16', layout: 'ldm' });
@@ -65,7 +65,7 @@ async function run(model: string, requests: readonly StepRequest[]): Promise<Flo
 describe.each(ARCHITECTURES)('%s as a whole (software)', (architecture) => {
   const fixture = readFixture(architecture);
 
-  test.each(['f32', 'f16'] as const)(
+  test.each(['f32', 'f16', 'q8_0'] as const)(
     'all cases agree in %s storage, LoRA stacks included',
     async (storage) => {
       const model = await open(fixture, storage);

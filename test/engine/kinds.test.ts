@@ -5,7 +5,7 @@
 import { writeFileSync } from 'node:fs';
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { Engine } from '../../src/engine/engine.ts';
-import type { LoraUse, StepRequest } from '../../src/engine/types.ts';
+import type { LoraUse, StepRequest, StorageDtype } from '../../src/engine/types.ts';
 import { encode } from '../../src/safetensors.ts';
 import { caseOf, readFixture } from '../fixtures/fixture.ts';
 import { type Kinds, type KindsModel, readKinds } from '../fixtures/kinds.ts';
@@ -23,7 +23,7 @@ afterAll(async () => {
 });
 
 /** Loads the model and all files. */
-async function open(on: Engine, model: KindsModel, kinds: Kinds, storage: 'f32' | 'f16'): Promise<void> {
+async function open(on: Engine, model: KindsModel, kinds: Kinds, storage: StorageDtype): Promise<void> {
   await on.loadModel(modelFile(folder, readFixture(model)), storage);
   for (const file of kinds.files) {
     const tensors = kinds.tensorsOf(file).map(({ key, shape, values }) => ({
@@ -54,7 +54,7 @@ const list = (errors: Readonly<Record<string, number>>): string =>
 describe.each(['sd1', 'sdxl'] as const)('adapter kinds on %s (software)', (model) => {
   const kinds = readKinds(model);
 
-  describe.each(['f32', 'f16'] as const)('in %s storage', (storage) => {
+  describe.each(['f32', 'f16', 'q8_0'] as const)('in %s storage', (storage) => {
     let weights: readonly Uint8Array[];
     beforeAll(async () => {
       await open(engine, model, kinds, storage);

@@ -189,7 +189,7 @@ describe('a model file is refused (software)', () => {
     const error = await failureOf(engine.loadModel({ ...model, name: 'other' }, 'int8' as 'f16'));
     expect(error).toMatchObject({
       code: 'ERR_BAD_DTYPE',
-      message: 'Storage "int8" is not supported; ask for f32, f16 or auto',
+      message: 'Storage "int8" is not supported; ask for one of auto, f32, f16, q8_0',
     });
   });
 });

@@ -22,7 +22,7 @@ const gegluRecipe: Recipe = {
 const gemmRecipe: Recipe = {
   kernel: gemm,
   variant: 'tile',
-  choices: { a: 'linear', lora: 'none' },
+  choices: { a: 'linear', lora: 'none', w: 'quads' },
   constants: {},
   operandNames: ['out', 'w', 'x'],
   wide: [],

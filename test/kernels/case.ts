@@ -29,9 +29,9 @@ export interface Tolerance {
   readonly max: number;
 }
 
-/** A tensor the dispatches write; one without `expected` only carries values between them. */
+/** A tensor the dispatches write; one without `expected` only carries values between them. `bytes` are signed. */
 export interface Output {
-  readonly as: Format;
+  readonly as: Format | 'bytes';
   readonly count: number;
   readonly expected?: () => Float64Array;
   readonly tolerance?: Tolerance;
@@ -88,7 +88,15 @@ export function stored(values: Float32Array, storage: Storage, as: Format = 'qua
 }
 
 /** Bytes of one value. */
-export const bytesOf = (as: Format, storage: Storage): number => (as === 'quad' ? storageBytes(storage) : 4);
+export const bytesOf = (as: Format | 'bytes', storage: Storage): number =>
+  as === 'bytes' ? 1 : as === 'quad' ? storageBytes(storage) : 4;
+
+/** The values of an output's bytes. */
+export function decoded(bytes: Uint8Array, as: Format | 'bytes', storage: Storage): Float32Array {
+  if (as === 'bytes')
+    return Float32Array.from(new Int8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength));
+  return toF32(as === 'quad' && storage === 'f16' ? 'F16' : 'F32', bytes);
+}
 
 /** Bytes of `values` in a format. */
 export function encoded(values: Float32Array, as: Format, storage: Storage): Uint8Array {

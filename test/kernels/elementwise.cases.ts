@@ -11,6 +11,7 @@ import {
   toNchwOf,
 } from '../../src/kernels/elementwise.ts';
 import { type Built, type Case, formatOf, random, storagesOf, stored, tolerance, type Wide } from './case.ts';
+import { gelu } from './gemm_reference.ts';
 
 export interface GegluShape {
   readonly name: string;
@@ -18,26 +19,6 @@ export interface GegluShape {
   readonly inner: number;
   /** Largest gate. */
   readonly gates?: number;
-}
-
-/** erf to f64 accuracy: its Maclaurin series below 3, a continued fraction of erfc above (both of DLMF chapter 7). */
-export function erf(v: number): number {
-  const a = Math.abs(v);
-  let result: number;
-  if (a < 3) {
-    let term = a;
-    let sum = a;
-    for (let n = 1; n < 80; n++) {
-      term *= (-a * a) / n;
-      sum += term / (2 * n + 1);
-    }
-    result = (2 / Math.sqrt(Math.PI)) * sum;
-  } else {
-    let fraction = a;
-    for (let n = 60; n > 0; n--) fraction = a + n / 2 / fraction;
-    result = 1 - Math.exp(-a * a) / (Math.sqrt(Math.PI) * fraction);
-  }
-  return v < 0 ? -result : result;
 }
 
 function buildGeglu({ name, rows, inner, gates = 4 }: GegluShape, storage: Storage): Built {
@@ -50,7 +31,7 @@ function buildGeglu({ name, rows, inner, gates = 4 }: GegluShape, storage: Stora
     new Float64Array(rows * inner).map((_, i) => {
       const at = Math.floor(i / inner) * 2 * inner + (i % inner);
       const gate = x[at + inner]!;
-      return x[at]! * gate * 0.5 * (1 + erf(gate * Math.SQRT1_2));
+      return x[at]! * gelu(gate);
     });
   return {
     inputs: { x: { as: 'quad', values: x } },

@@ -3,7 +3,15 @@
  * `lora_down` makes in the case itself. Tolerances follow the accumulation length (see case.ts).
  */
 import type { Operand, Storage } from '../../src/gpu/kernel.ts';
-import { type GemmArgs, gemm, gemmOf, loraDownOf, PANEL, type Rows } from '../../src/kernels/gemm.ts';
+import {
+  type GemmArgs,
+  gemm,
+  gemmOf,
+  loraDownOf,
+  PANEL,
+  type Rows,
+  type Segments,
+} from '../../src/kernels/gemm.ts';
 import {
   type Built,
   type Case,
@@ -15,9 +23,10 @@ import {
   stored,
   tolerance,
 } from './case.ts';
-import { beside, outSide, panelsOf, product, silu, unfold } from './gemm_reference.ts';
+import { beside, gelu, outSide, panelsOf, product, silu, unfold } from './gemm_reference.ts';
 import { GEMM_SHAPES, type GemmShape } from './gemm_shapes.ts';
 import { type LoraData, loraData } from './lora_tables.ts';
+import { quantised } from './q8_0_reference.ts';
 
 const SLOT = 2;
 
@@ -25,9 +34,13 @@ interface Data {
   readonly images: number;
   readonly m: number;
   readonly k: number;
+  /** Columns of the layer. */
+  readonly columns: number;
   readonly x: Float32Array;
   readonly x2: Float32Array | undefined;
+  /** [n][k] as the kernel reads them, and in 8-bit blocks. */
   readonly w: Float32Array;
+  readonly blocks: Uint32Array | undefined;
   readonly bias: Float32Array | undefined;
   readonly add: Float32Array | undefined;
   readonly lora: LoraData | undefined;
@@ -35,23 +48,28 @@ interface Data {
 
 export function gemmData(shape: GemmShape, storage: Storage): Data {
   const { name, channels, n, conv, split } = shape;
+  const columns = shape.gated ? 2 * n : n;
   const images = shape.images ?? 1;
   const m = conv ? outSide(conv.inHeight, conv.stride) * outSide(conv.inWidth, conv.stride) : (shape.m ?? 1);
   const rows = conv ? conv.srcHeight * conv.srcWidth : m;
   const k = (conv ? 9 : 1) * channels;
   const tensor = (what: string, count: number, size = 1): Float32Array =>
     stored(random(`${name} ${what}`, count, -size, size), storage, formatOf(shape, what));
+  const w = tensor('w', columns * k, 2 / Math.sqrt(k));
+  const blocks = shape.blocks ? quantised(w, columns, k) : undefined;
   return {
     images,
     m,
     k,
+    columns,
     x: tensor('x', images * rows * (split ?? channels)),
     x2: split ? tensor('x2', images * rows * (channels - split)) : undefined,
-    w: tensor('w', n * k, 2 / Math.sqrt(k)),
-    bias: shape.bias ? random(`${name} bias`, n) : undefined,
+    w: blocks?.values ?? w,
+    blocks: blocks?.words,
+    bias: shape.bias ? random(`${name} bias`, columns) : undefined,
     add: shape.add ? tensor('add', images * (shape.add === 'row' ? m : 1) * n) : undefined,
     lora: shape.lora
-      ? loraData(name, [...(shape.beside ?? []), shape.lora], { k, n, slot: SLOT }, storage)
+      ? loraData(name, [...(shape.beside ?? []), shape.lora], { k, n: columns, slot: SLOT }, storage)
       : undefined,
   };
 }
@@ -64,24 +82,51 @@ export function rowsOfA(shape: GemmShape, data: Data): Float64Array {
 }
 
 function reference(shape: GemmShape, data: Data): Float64Array {
-  const { images, m, k, lora, bias, add } = data;
+  const { images, m, k, columns, lora, bias, add } = data;
   const { n } = shape;
   const a = rowsOfA(shape, data);
-  const out = product(a, data.w, images * m, n, k);
+  const layer = product(a, data.w, images * m, columns, k);
   for (let image = 0; image < images; image++) {
     const rows = a.subarray(image * m * k, (image + 1) * m * k);
     for (const { rank, scale, down, up } of lora?.layers.at(-1)?.[image] ?? []) {
       const t = product(rows, down, m, rank, k);
-      const delta = product(t, up, m, n, rank);
-      for (let i = 0; i < m * n; i++) out[image * m * n + i]! += scale * delta[i]!;
+      const delta = product(t, up, m, columns, rank);
+      for (let i = 0; i < m * columns; i++) layer[image * m * columns + i]! += scale * delta[i]!;
     }
   }
-  return out.map((value, i) => {
-    const image = Math.floor(i / (m * n));
-    let v = value + (bias?.[i % n] ?? 0);
-    if (add) v += add[shape.add === 'row' ? i : image * n + (i % n)]!;
+  const biased = (row: number, column: number): number =>
+    layer[row * columns + column]! + (bias?.[column] ?? 0);
+  return Float64Array.from({ length: images * m * n }, (_, i) => {
+    const row = Math.floor(i / n);
+    const column = i % n;
+    let v = biased(row, column);
+    if (shape.gated) v *= gelu(biased(row, n + column));
+    if (add) v += add[shape.add === 'row' ? i : Math.floor(row / m) * n + column]!;
     return shape.silu ? silu(v) : v;
   });
+}
+
+/** Where the segments of a tensor of so many rows lie, with as many quads between them. */
+const segmentsOf = ({ segment }: GemmShape, rows: number, gapQuads = 0): Segments | undefined =>
+  segment ? { columns: segment, strideQuads: (rows * segment) / 4 + gapQuads } : undefined;
+
+/** Quads between segments of `add`. */
+const GAP = 16;
+
+/** Rows of `n` columns as they lie in segments; what is between these is 0. */
+function inSegments<T extends Float32Array | Float64Array>(
+  values: T,
+  rows: number,
+  n: number,
+  segments: Segments | undefined,
+): T {
+  if (!segments) return values;
+  const { columns, strideQuads } = segments;
+  const out = new (values.constructor as new (length: number) => T)((n / columns) * strideQuads * 4);
+  for (let row = 0; row < rows; row++)
+    for (let c = 0; c < n; c++)
+      out[Math.floor(c / columns) * strideQuads * 4 + row * columns + (c % columns)] = values[row * n + c]!;
+  return out;
 }
 
 function rowsOf(shape: GemmShape, x2: Operand | undefined): Rows {
@@ -106,22 +151,34 @@ export function gemmArgs(
     x: operands.x!,
     out: operands.out!,
     w: operands.w!,
+    format: shape.blocks ? 'q8_0' : undefined,
     bias: operands.bias,
     add: operands.add,
     addPerImage: shape.add === 'image',
     silu: shape.silu,
+    gated: shape.gated,
+    segments: segmentsOf(shape, data.images * data.m),
+    addSegments: segmentsOf(shape, data.images * (shape.add === 'row' ? data.m : 1), GAP),
   };
 }
 
 export function gemmInputs(shape: GemmShape, data: Data): Record<string, Input> {
   const inputs: Record<string, Input> = { x: { as: formatOf(shape, 'x'), values: data.x } };
-  const panels = panelsOf(data.w, shape.n, data.k, PANEL);
+  const panels = panelsOf(data.w, data.columns, data.k, PANEL);
   const cut = (shape.splitPanels ?? 0) * data.k * PANEL;
-  inputs.w = { as: 'quad', values: cut ? panels.subarray(0, cut) : panels, resident: true };
+  inputs.w = data.blocks
+    ? { as: 'words', values: data.blocks, resident: true }
+    : { as: 'quad', values: cut ? panels.subarray(0, cut) : panels, resident: true };
   if (cut) inputs.w1 = { as: 'quad', values: panels.subarray(cut), resident: true };
   if (data.x2) inputs.x2 = { as: formatOf(shape, 'x2'), values: data.x2 };
   if (data.bias) inputs.bias = { as: 'f32', values: data.bias, resident: true };
-  if (data.add) inputs.add = { as: formatOf(shape, 'add'), values: data.add };
+  if (data.add) {
+    const rows = data.images * (shape.add === 'row' ? data.m : 1);
+    inputs.add = {
+      as: formatOf(shape, 'add'),
+      values: inSegments(data.add, rows, shape.n, segmentsOf(shape, rows, GAP)),
+    };
+  }
   if (data.lora) {
     inputs.pool = { as: 'quad', values: data.lora.pool, resident: true };
     inputs.table = { as: 'words', values: data.lora.table, resident: true };
@@ -136,7 +193,7 @@ function build(shape: GemmShape, storage: Storage): Built {
     out: {
       as: formatOf(shape, 'out'),
       count: images * m * shape.n,
-      expected: () => reference(shape, data),
+      expected: () => inSegments(reference(shape, data), images * m, shape.n, segmentsOf(shape, images * m)),
       tolerance: tolerance(formatOf(shape, 'out'), storage, k + 64),
     },
   };
@@ -171,7 +228,7 @@ function build(shape: GemmShape, storage: Storage): Built {
 export const gemmCase = (shape: GemmShape): Case => ({
   name: shape.name,
   kernel: gemm,
-  ...storagesOf(shape),
+  ...(shape.blocks ? { storages: ['f16'] } : storagesOf(shape)),
   build: (storage) => build(shape, storage),
 });
 

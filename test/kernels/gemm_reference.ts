@@ -80,3 +80,25 @@ export function panelsOf(w: Float32Array, n: number, k: number, width: number): 
 }
 
 export const silu = (v: number): number => v / (1 + Math.exp(-v));
+
+/** erf to f64 accuracy: its Maclaurin series below 3, a continued fraction of erfc above (both of DLMF chapter 7). */
+function erf(v: number): number {
+  const a = Math.abs(v);
+  let result: number;
+  if (a < 3) {
+    let term = a;
+    let sum = a;
+    for (let n = 1; n < 80; n++) {
+      term *= (-a * a) / n;
+      sum += term / (2 * n + 1);
+    }
+    result = (2 / Math.sqrt(Math.PI)) * sum;
+  } else {
+    let fraction = a;
+    for (let n = 60; n > 0; n--) fraction = a + n / 2 / fraction;
+    result = 1 - Math.exp(-a * a) / (Math.sqrt(Math.PI) * fraction);
+  }
+  return v < 0 ? -result : result;
+}
+
+export const gelu = (v: number): number => v * 0.5 * (1 + erf(v * Math.SQRT1_2));

@@ -15,6 +15,12 @@ export interface GemmShape extends Wide {
   readonly bias?: boolean;
   readonly add?: 'row' | 'image';
   readonly silu?: boolean;
+  /** The layer has 2 * n columns. */
+  readonly gated?: boolean;
+  /** Columns of a segment of `out`, and of `add` where there is one. */
+  readonly segment?: number;
+  /** Weights in 8-bit blocks. */
+  readonly blocks?: boolean;
   /** Panels of a first weight buffer; the rest lie in a second one. */
   readonly splitPanels?: number;
   /** Stacks of the layer itself. */
@@ -184,6 +190,36 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     ...BIASED,
     wide: ['x', 'add', 'out'],
   },
+  { name: 'weights in 8-bit blocks', m: 65, channels: 96, n: 68, blocks: true, ...BIASED },
+  {
+    name: 'few rows by weights in 8-bit blocks',
+    images: 2,
+    m: 3,
+    channels: 32,
+    n: 36,
+    blocks: true,
+    bias: true,
+  },
+  {
+    name: 'weights in 8-bit blocks beside low-rank terms',
+    images: 3,
+    m: 19,
+    channels: 64,
+    n: 36,
+    blocks: true,
+    lora: STACKS,
+    ...BIASED,
+  },
+  {
+    name: 'a convolution by 8-bit blocks',
+    images: 2,
+    channels: 32,
+    n: 36,
+    conv: image(5, 7),
+    blocks: true,
+    bias: true,
+  },
+  { name: 'two tensors by 8-bit blocks', m: 9, channels: 64, n: 32, split: 24, blocks: true, bias: true },
   ...RANKS.map(
     (rank): GemmShape => ({
       name: `low-rank terms of rank ${rank}`,
@@ -222,6 +258,37 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     beside: [[[{ rank: 4, scale: 1 }], []]],
     lora: [[], [{ rank: 12, scale: 1 }]],
     ...BIASED,
+  },
+  { name: 'gates', images: 2, m: 37, channels: 40, n: 96, bias: true, gated: true },
+  { name: 'gates of few rows', images: 2, m: 5, channels: 24, n: 32, gated: true },
+  { name: 'gates in 8-bit blocks', m: 37, channels: 64, n: 32, bias: true, gated: true, blocks: true },
+  {
+    name: 'low-rank terms of gates',
+    images: 3,
+    m: 19,
+    channels: 24,
+    n: 64,
+    bias: true,
+    gated: true,
+    lora: STACKS,
+  },
+  {
+    name: 'segments of columns',
+    images: 2,
+    m: 35,
+    channels: 24,
+    n: 96,
+    bias: true,
+    segment: 32,
+  },
+  {
+    name: 'an add per image from segments of columns',
+    images: 3,
+    m: 5,
+    channels: 16,
+    n: 96,
+    ...BY_IMAGE,
+    segment: 32,
   },
   { name: 'low-rank terms of no image', images: 2, m: 5, channels: 8, n: 8, lora: [[], []], ...BIASED },
 ];

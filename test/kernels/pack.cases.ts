@@ -1,8 +1,10 @@
-/** Cases of `pack`: every source dtype, odd rows and channels, nine taps, panels of 32 and 8, a chunk with an offset. */
+/** Cases of `pack`: every source dtype, odd rows and channels, nine taps, 8-bit blocks, a chunk with an offset. */
 import type { Storage } from '../../src/gpu/kernel.ts';
 import { fromF32, toF32 } from '../../src/half.ts';
 import { pack, packOf } from '../../src/kernels/pack.ts';
 import { type Built, type Case, random, stored } from './case.ts';
+import { padded, tapsFirst } from './patch_shapes.ts';
+import { quantised } from './q8_0_reference.ts';
 
 export interface PackShape {
   readonly name: string;
@@ -10,7 +12,10 @@ export interface PackShape {
   readonly rows: number;
   readonly channels: number;
   readonly taps: number;
-  readonly width?: 8 | 32;
+  /** Largest value, 1 unless told. */
+  readonly size?: number;
+  /** Into 8-bit blocks. */
+  readonly blocks?: boolean;
   /** Whole panels of another chunk in front. */
   readonly before?: number;
 }
@@ -24,32 +29,49 @@ function wordsOf(bytes: Uint8Array): Uint32Array {
 
 /** The file's bytes of `rows` rows and the values they hold after storage. */
 function chunkOf(shape: PackShape, what: string, rows: number, storage: Storage) {
-  const bytes = fromF32(shape.dtype, random(`${shape.name} ${what}`, rows * shape.channels * shape.taps));
-  return { bytes, values: stored(toF32(shape.dtype, bytes), storage) };
+  const { name, dtype, channels, taps, size = 1 } = shape;
+  const values = random(`${name} ${what}`, rows * channels * taps, -size, size);
+  // A row of zeros.
+  if (shape.blocks) values.fill(0, channels * taps, 2 * channels * taps);
+  const bytes = fromF32(dtype, values);
+  return { bytes, values: stored(toF32(dtype, bytes), storage) };
 }
 
+const filesOf = (first: Uint8Array, last: Uint8Array): Pick<Built, 'inputs'> => ({
+  inputs: {
+    src: { as: 'words', values: wordsOf(last), resident: true },
+    ...(first.length > 0 ? { src0: { as: 'words', values: wordsOf(first), resident: true } as const } : {}),
+  },
+});
+
+const chunksOf =
+  (shape: PackShape, format?: 'q8_0'): Built['dispatches'] =>
+  ({ src, src0, out }) => {
+    const { name: label, dtype, rows, channels, taps, before = 0 } = shape;
+    const args = { label, dtype, channels, paddedChannels: padded(shape), taps, format, out: out! };
+    const chunk = packOf({ ...args, rows, src: src!, outPanel: before });
+    return src0 ? [packOf({ ...args, rows: before * 32, src: src0, outPanel: 0 }), chunk] : [chunk];
+  };
+
 function build(shape: PackShape, storage: Storage): Built {
-  const { name, dtype, rows, channels, taps, width = 32, before = 0 } = shape;
-  const first = chunkOf(shape, 'first', before * width, storage);
+  const { rows, channels, taps, before = 0 } = shape;
+  const first = chunkOf(shape, 'first', before * 32, storage);
   const last = chunkOf(shape, 'last', rows, storage);
   const values = [...first.values, ...last.values];
-  const paddedChannels = Math.ceil(channels / 8) * 8;
+  const paddedChannels = padded(shape);
   const k = taps * paddedChannels;
-  const count = (before + Math.ceil(rows / width)) * k * width;
+  const count = (before + Math.ceil(rows / 32)) * k * 32;
   const expected = (): Float64Array =>
     new Float64Array(count).map((_, i) => {
-      const row = Math.floor(i / (k * width)) * width + (i % width);
-      const at = Math.floor(i / width) % k;
+      const row = Math.floor(i / (k * 32)) * 32 + (i % 32);
+      const at = Math.floor(i / 32) % k;
       const c = at % paddedChannels;
       const tap = Math.floor(at / paddedChannels);
-      const inside = row < before * width + rows && c < channels;
+      const inside = row < before * 32 + rows && c < channels;
       return inside ? values[(row * channels + c) * taps + tap]! : 0;
     });
   return {
-    inputs: {
-      src: { as: 'words', values: wordsOf(last.bytes), resident: true },
-      ...(before ? { src0: { as: 'words', values: wordsOf(first.bytes), resident: true } as const } : {}),
-    },
+    ...filesOf(first.bytes, last.bytes),
     outputs: {
       // The values are rounded to storage here as there; in f16 WGSL may round the other way.
       out: {
@@ -60,18 +82,40 @@ function build(shape: PackShape, storage: Storage): Built {
       },
     },
     bytes: last.bytes.length + count * (storage === 'f16' ? 2 : 4),
-    dispatches: ({ src, src0, out }) => {
-      const args = { label: name, dtype, channels, paddedChannels, taps, width, out: out! };
-      const chunk = packOf({ ...args, rows, src: src!, outOffset: (before * k * width) / 4 });
-      return src0 ? [packOf({ ...args, rows: before * width, src: src0, outOffset: 0 }), chunk] : [chunk];
+    dispatches: chunksOf(shape),
+  };
+}
+
+/** Packed into 8-bit blocks, compared byte by byte. */
+function buildBlocks(shape: PackShape): Built {
+  const { rows, channels, taps, before = 0 } = shape;
+  const first = chunkOf(shape, 'first', before * 32, 'f32');
+  const last = chunkOf(shape, 'last', rows, 'f32');
+  const whole = { rows: before * 32 + rows, channels, taps };
+  const values = Float32Array.from([...first.values, ...last.values]);
+  const k = taps * padded(whole);
+  const { words } = quantised(tapsFirst(values, whole.rows, whole), whole.rows, k);
+  return {
+    ...filesOf(first.bytes, last.bytes),
+    outputs: {
+      out: {
+        as: 'bytes',
+        count: words.byteLength,
+        expected: () => Float64Array.from(new Int8Array(words.buffer)),
+        // A driver whose division is not exact may take the other neighbour of a weight half way between two.
+        tolerance: { norm: 1e-4, max: 1 / 127 },
+      },
     },
+    bytes: last.bytes.length + words.byteLength,
+    dispatches: chunksOf(shape, 'q8_0'),
   };
 }
 
 export const packCase = (shape: PackShape): Case => ({
   name: shape.name,
   kernel: pack,
-  build: (storage) => build(shape, storage),
+  ...(shape.blocks ? { storages: ['f16'] } : {}),
+  build: (storage) => (shape.blocks ? buildBlocks(shape) : build(shape, storage)),
 });
 
 export const CASES: readonly Case[] = [
@@ -79,7 +123,7 @@ export const CASES: readonly Case[] = [
   ...(['F32', 'F16', 'BF16'] as const).flatMap((dtype) => [
     { name: `${dtype} with odd rows and channels`, dtype, rows: 33, channels: 13, taps: 1 },
     { name: `${dtype} with nine taps`, dtype, rows: 31, channels: 5, taps: 9 },
-    { name: `${dtype} in panels of 8`, dtype, rows: 17, channels: 24, taps: 9, width: 8 as const },
+    { name: `${dtype} with channels of whole blocks`, dtype, rows: 36, channels: 40, taps: 9 },
   ]),
   { name: 'a chunk behind another', dtype: 'F16' as const, rows: 5, channels: 11, taps: 1, before: 2 },
   {
@@ -89,5 +133,27 @@ export const CASES: readonly Case[] = [
     channels: 8,
     taps: 9,
     before: 1,
+  },
+  ...(['F32', 'F16', 'BF16'] as const).flatMap((dtype) => [
+    { name: `${dtype} into blocks`, dtype, rows: 37, channels: 64, taps: 1, blocks: true },
+    { name: `${dtype} with nine taps into blocks`, dtype, rows: 33, channels: 29, taps: 9, blocks: true },
+  ]),
+  {
+    name: 'blocks behind others',
+    dtype: 'F16' as const,
+    rows: 5,
+    channels: 93,
+    taps: 1,
+    before: 2,
+    blocks: true,
+  },
+  {
+    name: 'blocks of weights too small for a normal scale',
+    dtype: 'F32' as const,
+    rows: 8,
+    channels: 32,
+    taps: 1,
+    size: 1e-4,
+    blocks: true,
   },
 ].map(packCase);

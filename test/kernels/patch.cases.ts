@@ -26,24 +26,43 @@ import {
   tapsFirst,
   times,
 } from './patch_shapes.ts';
+import { quantised } from './q8_0_reference.ts';
 
-function buildUnpack({ name, shape }: Shaped, storage: Storage): Built {
-  const { rows, taps } = shape;
-  const values = stored(random(`${name} w`, sizeOf(shape)), storage);
-  const packed = panelsOf(tapsFirst(values, rows, shape), rows, taps * padded(shape), 32);
+interface Unpacked extends Shaped {
+  /** Out of 8-bit blocks. */
+  readonly blocks?: boolean;
+}
+
+function buildUnpack({ name, shape, blocks }: Unpacked, storage: Storage): Built {
+  const { rows, channels, taps } = shape;
+  const k = taps * padded(shape);
+  const flat = tapsFirst(stored(random(`${name} w`, sizeOf(shape)), storage), rows, shape);
+  const packed = blocks ? quantised(flat, rows, k) : undefined;
+  const w = packed?.values ?? flat;
+  const expected = (): Float64Array =>
+    new Float64Array(sizeOf(shape)).map((_, i) => {
+      const row = Math.floor(i / (channels * taps));
+      return w[row * k + (i % taps) * padded(shape) + (Math.floor(i / taps) % channels)]!;
+    });
   return {
-    inputs: { w: { as: 'quad', values: packed, resident: true } },
-    outputs: {
-      out: {
-        as: 'f32',
-        count: values.length,
-        expected: () => Float64Array.from(values),
-        tolerance: { norm: 0, max: 0 },
-      },
+    inputs: {
+      w: packed
+        ? { as: 'words', values: packed.words, resident: true }
+        : { as: 'quad', values: panelsOf(w, rows, k, 32), resident: true },
     },
-    bytes: packed.length * (storage === 'f16' ? 2 : 4) + values.length * 4,
+    outputs: {
+      out: { as: 'f32', count: sizeOf(shape), expected, tolerance: { norm: 0, max: 0 } },
+    },
+    bytes: w.length * (storage === 'f16' ? 2 : 4) + sizeOf(shape) * 4,
     dispatches: ({ w, out }) => [
-      unpackOf({ label: name, shape, paddedChannels: padded(shape), w: w!, out: out! }),
+      unpackOf({
+        label: name,
+        shape,
+        paddedChannels: padded(shape),
+        w: w!,
+        format: packed && 'q8_0',
+        out: out!,
+      }),
     ],
   };
 }
@@ -171,17 +190,20 @@ function buildNorms({ name, shape, axis }: Shaped & { axis: 'output' | 'input' }
 
 const once = ['f32'] as const satisfies readonly Storage[];
 
-const UNPACKED: readonly Shaped[] = [
+const UNPACKED: readonly Unpacked[] = [
   { name: 'one value', shape: { rows: 1, channels: 1, taps: 1 } },
   { name: 'a linear layer of two panels', shape: LINEAR },
   { name: 'nine taps', shape: { ...CONV, rows: 31 } },
   { name: 'nine taps of two panels', shape: EVEN },
+  { name: 'a linear layer out of blocks', shape: { rows: 37, channels: 96, taps: 1 }, blocks: true },
+  { name: 'nine taps out of blocks', shape: { rows: 33, channels: 30, taps: 9 }, blocks: true },
 ];
 
 export const CASES: readonly Case[] = [
   ...UNPACKED.map((one) => ({
     name: one.name,
     kernel: unpack,
+    ...(one.blocks ? { storages: ['f16'] as const } : {}),
     build: (storage: Storage) => buildUnpack(one, storage),
   })),
   ...[

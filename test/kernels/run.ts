@@ -6,8 +6,7 @@ import { Arena } from '../../src/gpu/arena.ts';
 import { type Device, Usage } from '../../src/gpu/device.ts';
 import type { Operand, Resident, Storage, Virtual } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
-import { toF32 } from '../../src/half.ts';
-import { type Built, bytesOf, encoded, type Format } from './case.ts';
+import { type Built, bytesOf, decoded, encoded, type Format } from './case.ts';
 
 /**
  * NaNs as one f32 and as two f16: what is read past an input, or never written of an output, shows up as NaN. Two of
@@ -55,7 +54,7 @@ export async function prepare(
   const tensors = new Map<string, { virtual: Virtual; image: Uint8Array }>();
   const operands: Record<string, Operand> = {};
   const residents: GPUBuffer[] = [];
-  const add = (name: string, image: Uint8Array, as: Format | 'words'): void => {
+  const add = (name: string, image: Uint8Array, as: Format | 'words' | 'bytes'): void => {
     const virtual: Virtual = {
       kind: 'virtual',
       id: tensors.size,
@@ -127,9 +126,8 @@ export async function runCase(
       const at = plan.offsetOf(virtual);
       const after = bytes.subarray(at, at + image.length);
       const output = built.outputs[name];
-      const half = output?.as === 'quad' && storage === 'f16';
-      const size = output ? output.count * (half ? 2 : 4) : 0;
-      if (output) outputs[name] = toF32(half ? 'F16' : 'F32', after.slice(0, size));
+      const size = output ? output.count * bytesOf(output.as, storage) : 0;
+      if (output) outputs[name] = decoded(after.slice(0, size), output.as, storage);
       if (Buffer.compare(after.subarray(size), image.subarray(size)) !== 0) damaged.push(name);
     }
     return { outputs, damaged };

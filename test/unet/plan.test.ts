@@ -8,9 +8,10 @@ import { Device, Usage } from '../../src/gpu/device.ts';
 import type { Operand, Resident } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
 import { dispatchesOf } from '../../src/gpu/spec.ts';
+import { PANEL } from '../../src/kernels/gemm.ts';
 import { detectUNet } from '../../src/unet/detect.ts';
 import type { WeightSource } from '../../src/unet/draft.ts';
-import { layersOf, partsOf } from '../../src/unet/layers.ts';
+import { bundlesOf, layersOf, partsOf } from '../../src/unet/layers.ts';
 import { planUNet, type UNetPlan } from '../../src/unet/plan.ts';
 import { type Model, shapesOf } from '../fixtures/shapes/load.ts';
 
@@ -40,7 +41,7 @@ let read: GPUBuffer;
 let written: GPUBuffer;
 beforeAll(async () => {
   device = await Device.open({ backend: 'null', defaultLimits: true });
-  read = device.createBuffer('stand-in', 96 * MiB, Usage.STORAGE);
+  read = device.createBuffer('stand-in', DEFAULT_BINDING, Usage.STORAGE);
   written = device.createBuffer('stand-in', 4096, Usage.STORAGE);
 });
 afterAll(() => device.close());
@@ -57,17 +58,26 @@ const standIn = (sizeBytes: number, current: () => GPUBuffer = () => read): Resi
 function planOf(model: Model, size: number, images: number): UNetPlan {
   const config = detectUNet(shapesOf(model));
   const parts = new Map(partsOf(config).map((part) => [part.id, part]));
+  const bundles = bundlesOf(config, PANEL);
   const slots = new Map(layersOf(config).map(({ id }, slot) => [id, slot]));
   const weights: WeightSource = {
     matrix: (id) => {
       const { inFeatures, outFeatures, kernel } = parts.get(id)!;
       const range = (_offset: number, sizeBytes: number): Operand => standIn(sizeBytes);
-      return { slot: slots.get(id)!, inFeatures, outFeatures, kernel, range };
+      return { slot: slots.get(id)!, format: 'f16', inFeatures, outFeatures, kernel, range };
     },
     vector: (name) => {
       const part = parts.get(name.replace(/\.(weight|bias)$/, ''))!;
       if (name.endsWith('.bias') && !part.bias) return undefined;
       return standIn(Math.ceil(part.outFeatures / 8) * 8 * 4);
+    },
+    bundle: (id) => {
+      const members = bundles.find((bundle) => bundle.id === id)!.parts;
+      const { inFeatures, kernel, bias } = members[0]!;
+      const outFeatures = members.reduce((sum, part) => sum + part.outFeatures, 0);
+      const range = (_offset: number, sizeBytes: number): Operand => standIn(sizeBytes);
+      const matrix = { slot: -1, format: 'f16' as const, inFeatures, outFeatures, kernel, range };
+      return { matrix, bias: bias ? standIn(outFeatures * 4) : undefined };
     },
   };
   const shape = { images, height: size, width: size, contextTokens: 77, control: {} };
