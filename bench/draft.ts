@@ -12,6 +12,7 @@ import { planUNet, type UNetPlan, type UNetShape } from '../src/unet/plan.ts';
 /** Of no adapter in particular. */
 const ANY: Capabilities = {
   subgroupSize: 0,
+  matrices: [],
   software: false,
   maxBindingBytes: 2 ** 27,
   maxBufferBytes: 2 ** 28,

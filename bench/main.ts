@@ -2,6 +2,7 @@
 import { Command, Option } from 'commander';
 import { FULL_MODELS } from './full-size.ts';
 import { benchKernels } from './kernels.ts';
+import { benchLoad } from './load.ts';
 import { benchLora } from './lora.ts';
 import { benchPeers } from './peers.ts';
 import { report } from './report.ts';
@@ -45,6 +46,16 @@ program
   .action(async ({ size, batch, ...options }) => {
     await benchUNet({ ...options, sizes: size, batches: batch });
   });
+
+program
+  .command('load')
+  .description('from a file to the GPU, beside reading the file and copying as many bytes')
+  .addOption(new Option('--model <name>', 'which UNet').choices(models).default('sd15'))
+  .option('--dtype <dtype,...>', 'how weights are stored', (text) => text.split(','), ['f16', 'q8_0'])
+  .option('--rounds <count>', 'how many loads of each', Number, 3)
+  .option('--json <file>', 'also write the numbers there')
+  .option('--adapter <name>', 'part of the name of the adapter')
+  .action(({ dtype, ...options }) => benchLoad({ ...options, dtypes: dtype }));
 
 program
   .command('lora')

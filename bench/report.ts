@@ -7,6 +7,7 @@ import { fileURLToPath } from 'node:url';
 import type { Facts } from './facts.ts';
 import { FULL_MODELS } from './full-size.ts';
 import type { Row as KernelRow } from './kernels.ts';
+import type { LoadResult } from './load.ts';
 import type { Row as PeerRow } from './peers.ts';
 import { type Bar, barsOf } from './plot.ts';
 import type { ServerResult } from './server.ts';
@@ -81,6 +82,22 @@ const unet: Section<UNetResult> = {
       return { label: nameOf(row), value: share, text: `${percent(share)}, ${fixed(row.gpuMs, 0)} ms` };
     }),
   mark: { value: 1, text: 'peak' },
+};
+
+const load: Section<LoadResult> = {
+  head: ['file', 'work', 's', 'GB/s', 's by processor time', 'GB/s'],
+  rows: ({ model, sizeBytes, rows }) =>
+    rows.map(({ name, seconds, coreSeconds }) => [
+      ...[`${FULL_MODELS[model]}, ${fixed(sizeBytes / 1e9, 2)} GB`, name],
+      ...[seconds, coreSeconds].flatMap((s) => [fixed(s, 2), fixed(sizeBytes / 1e9 / s, 2)]),
+    ]),
+  title: 'Loading a file that the machine has in its cache, seconds',
+  bars: ({ model, rows }) =>
+    rows.map(({ name, seconds }) => ({
+      label: `${FULL_MODELS[model]}, ${name}`,
+      value: seconds,
+      text: `${fixed(seconds, 2)} s`,
+    })),
 };
 
 const server: Section<ServerResult> = {
@@ -168,6 +185,7 @@ export function report(): void {
   let text = readFileSync(path, 'utf8');
   text = filled(text, 'kernels', kernels);
   text = filled(text, 'unet', unet);
+  text = filled(text, 'load', load);
   text = filled(text, 'server', server);
   text = filled(text, 'peers', peers);
   writeFileSync(path, text);

@@ -21,7 +21,7 @@ from . import frames
 from .client import Client, Control, Patience, TensorInfo
 from .refusals import WAY_OUT, CannotRunRemotely, refuse
 
-WIRE_DTYPES = {"f32": torch.float32, "f16": torch.float16}
+WIRE_DTYPES = {"f32": torch.float32, "f16": torch.float16, "q8_0": torch.float16}
 
 #: Tensors whose values, not only shapes, decide how ComfyUI samples: of the whole file, and of the UNet.
 _PROBED = ("edm_vpred.sigma_max", "edm_vpred.sigma_min")

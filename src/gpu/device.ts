@@ -4,7 +4,7 @@
  */
 import { create, globals } from 'webgpu';
 import { UnetdError } from '../errors.ts';
-import { type Capabilities, isSoftware } from './kernel.ts';
+import { type Capabilities, isSoftware, type MatrixShape } from './kernel.ts';
 import { PipelineCache } from './pipeline.ts';
 
 interface WebGpuGlobals {
@@ -14,7 +14,8 @@ interface WebGpuGlobals {
 
 // The bindings type their globals as Object; nothing is put on globalThis, or node would not exit.
 const webgpu = globals as unknown as WebGpuGlobals;
-const MapMode = webgpu.GPUMapMode;
+/** GPUMapMode of the WebGPU specification. */
+export const MapMode: typeof GPUMapMode = webgpu.GPUMapMode;
 
 /** GPUBufferUsage of the WebGPU specification. */
 export const Usage: typeof GPUBufferUsage = webgpu.GPUBufferUsage;
@@ -73,6 +74,28 @@ export async function listAdapters(): Promise<readonly AdapterFacts[]> {
   return [];
 }
 
+/** A feature of Dawn that the types do not know. */
+const MATRIX_FEATURE = 'chromium-experimental-subgroup-matrix' as GPUFeatureName;
+
+interface MatrixConfig {
+  readonly componentType: string;
+  readonly resultComponentType: string;
+  readonly M: number;
+  readonly N: number;
+  readonly K: number;
+}
+
+/** What a device with these features multiplies with matrix units, added in f32. */
+function matricesOf(info: GPUAdapterInfo, features: GPUSupportedFeatures): readonly MatrixShape[] {
+  if (!features.has(MATRIX_FEATURE)) return [];
+  const { subgroupMatrixConfigs } = info as { subgroupMatrixConfigs?: readonly MatrixConfig[] };
+  return (subgroupMatrixConfigs ?? []).flatMap(({ componentType: input, resultComponentType, M, N, K }) =>
+    resultComponentType === 'f32' && (input === 'f32' || (input === 'f16' && features.has('shader-f16')))
+      ? [{ m: M, n: N, k: K, input }]
+      : [],
+  );
+}
+
 async function requestAdapter(instance: GPU, options: DeviceOptions): Promise<GPUAdapter> {
   let adapter: GPUAdapter | null = null;
   try {
@@ -117,6 +140,7 @@ export class Device {
     const fixed = info.subgroupMinSize === info.subgroupMaxSize && gpu.features.has('subgroups');
     this.capabilities = {
       subgroupSize: fixed ? (info.subgroupMinSize ?? 0) : 0,
+      matrices: matricesOf(info, gpu.features),
       software: info.architecture === 'software' || isSoftware(this.adapter.name),
       maxBindingBytes: Math.min(gpu.limits.maxStorageBufferBindingSize, options.maxBindingBytes ?? Infinity),
       maxBufferBytes: gpu.limits.maxBufferSize,
@@ -140,7 +164,7 @@ export class Device {
   static async open(options: DeviceOptions = {}): Promise<Device> {
     const instance = createInstance(options);
     const adapter = await requestAdapter(instance, options);
-    const wanted: GPUFeatureName[] = ['subgroups', 'timestamp-query', 'shader-f16'];
+    const wanted: GPUFeatureName[] = ['subgroups', 'timestamp-query', 'shader-f16', MATRIX_FEATURE];
     const requiredLimits: Record<string, number> = {};
     for (const name of [
       'maxStorageBufferBindingSize',

@@ -22,12 +22,22 @@ export interface BindingSpec {
   readonly optional?: boolean;
 }
 
+/** One shape that an adapter's matrix units multiply: M x K times K x N of `input`, added in f32. */
+export interface MatrixShape {
+  readonly m: number;
+  readonly n: number;
+  readonly k: number;
+  readonly input: Storage;
+}
+
 export interface VariantSpec {
   /** Files after the option files; the last one holds `main`. Paths below `shaders/`. */
   readonly files: readonly string[];
   readonly constants?: Readonly<Record<string, number | boolean>>;
   /** The variant relies on subgroups of exactly this many lanes. */
   readonly subgroupSize?: number;
+  /** The variant multiplies with matrix units of this shape: constants MATRIX_M, MATRIX_N and MATRIX_K of its module. */
+  readonly matrix?: MatrixShape;
 }
 
 export interface Kernel {
@@ -55,11 +65,26 @@ export const isSoftware = (name: string): boolean => /llvmpipe|swiftshader/i.tes
 export interface Capabilities {
   /** Lanes of every subgroup, or 0 where there are no subgroups or their size varies. */
   readonly subgroupSize: number;
+  /** What its matrix units multiply; empty where it has none. */
+  readonly matrices: readonly MatrixShape[];
   /** A driver that runs shaders on the CPU. */
   readonly software: boolean;
   readonly maxBindingBytes: number;
   readonly maxBufferBytes: number;
   readonly offsetAlignment: number;
+}
+
+/** Whether an adapter runs a variant, and without rounding what is stored as `storage`. */
+export function runsOn(variant: VariantSpec, capabilities: Capabilities, storage: Storage): boolean {
+  const { subgroupSize, matrix } = variant;
+  if (subgroupSize && subgroupSize !== capabilities.subgroupSize) return false;
+  if (!matrix) return true;
+  const { m, n, k, input } = matrix;
+  return (
+    capabilities.subgroupSize > 0 &&
+    storageBytes(input) >= storageBytes(storage) &&
+    capabilities.matrices.some((o) => o.m === m && o.n === n && o.k === k && o.input === input)
+  );
 }
 
 /** A tensor of the plan's arena, placed when the plan is compiled. */

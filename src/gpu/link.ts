@@ -4,7 +4,7 @@
  */
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import type { BindingSpec, Dispatch, Kernel, Storage } from './kernel.ts';
+import type { BindingSpec, Dispatch, Kernel, MatrixShape, Storage } from './kernel.ts';
 
 const SHADERS = fileURLToPath(new URL('../../shaders/', import.meta.url));
 
@@ -88,9 +88,16 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
     // Whole subgroups leave early where a tile has no rows; lanes of one subgroup always stay together.
     lines.push('enable subgroups;', 'diagnostic(off, subgroup_uniformity);');
   }
+  if (variant?.matrix) lines.push(...matrixDirectives(variant.matrix));
   for (const name of Object.keys(recipe.constants))
     if (!(name in kernel.constants)) throw new Error(`kernel ${kernel.name} has no constant ${name}`);
-  const constants = { ...kernel.constants, ...variant?.constants, ...recipe.constants };
+  const matrix = variant?.matrix;
+  const constants = {
+    ...kernel.constants,
+    ...variant?.constants,
+    ...(matrix ? { MATRIX_M: matrix.m, MATRIX_N: matrix.n, MATRIX_K: matrix.k } : {}),
+    ...recipe.constants,
+  };
   for (const [name, value] of Object.entries(constants))
     lines.push(
       `const ${name} = ${typeof value === 'boolean' ? value : Number.isInteger(value) ? `${value}u` : value};`,
@@ -108,9 +115,19 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
       lines.push(`var<private> ${name}: ${spec.type.replace(/>$/, ', 1>')};`);
     } else throw new Error(`kernel ${kernel.name} needs the operand ${name}`);
     if (spec.optional) lines.push(`const HAS_${name} = ${index >= 0};`);
-    if (spec.type === 'array<Quad>') lines.push(...accessors(name, spec, wide));
+    if (spec.type === 'array<Quad>')
+      lines.push(`const WIDE_${name} = ${wide};`, ...accessors(name, spec, wide));
   }
   return lines;
+}
+
+function matrixDirectives({ input }: MatrixShape): string[] {
+  return [
+    'enable subgroups, chromium_experimental_subgroup_matrix;',
+    ...(input === 'f16' ? ['enable f16;'] : []),
+    // All that such code branches on is the same for a whole workgroup, which the analysis cannot always see.
+    'diagnostic(off, chromium.subgroup_matrix_uniformity);',
+  ];
 }
 
 /** How a binding of Quads is read and written: packed as the storage says, or f32 as it is. */

@@ -5,8 +5,12 @@ import {
   type Dispatch,
   defineKernel,
   type Kernel,
+  type MatrixShape,
   type Operand,
+  type Storage,
+  storageBytes,
 } from '../gpu/kernel.ts';
+import { lanesOf, matrixVariants } from './matrix.ts';
 import { pick } from './pick.ts';
 
 export const attention: Kernel = defineKernel({
@@ -18,11 +22,12 @@ export const attention: Kernel = defineKernel({
     out: { type: 'array<Quad>', access: 'read_write' },
   },
   params: { queries: 'u32', keys: 'u32', rowQuads: 'u32', scale: 'f32' },
-  constants: { HEAD_DIM: 0, HEAD_QUADS: 0, TILE_KEYS: 0 },
+  constants: { HEAD_DIM: 0, HEAD_QUADS: 0, TILE_KEYS: 0, LANES: 32 },
   variants: {
     broadcast: { files: ['attention/broadcast.wgsl'], subgroupSize: 8 },
     direct: { files: ['attention/direct.wgsl'] },
     scalar: { files: ['attention/scalar.wgsl'] },
+    ...matrixVariants(['attention/sgm_rows.wgsl', 'attention/sgm.wgsl']),
   },
 });
 
@@ -33,6 +38,8 @@ export interface AttentionArgs {
   readonly headDim: number;
   readonly queries: number;
   readonly keys: number;
+  /** Of q, k and v; f32 unless told. */
+  readonly storage?: Storage;
   /** q, out [images, queries, heads * headDim]; k, v [images, keys, heads * headDim]. */
   readonly q: Operand;
   readonly k: Operand;
@@ -40,8 +47,8 @@ export interface AttentionArgs {
   readonly out: Operand;
 }
 
-/** Queries of a workgroup, by variant. */
-const QUERIES: Readonly<Record<string, number>> = { broadcast: 32, direct: 64, scalar: 64 };
+/** Queries of a workgroup, by variant, where they are not 64. */
+const QUERIES: Readonly<Record<string, number>> = { broadcast: 32 };
 
 /**
  * Keys of a tile of the `broadcast` variant: as many as keep it within 40 quads. 0 where no tile of whole loads exists:
@@ -52,24 +59,33 @@ function tileKeys(headDim: number): number {
   return [8, 4, 2, 1].find((keys) => keys * quads <= 40 && (keys * quads) % 8 === 0) ?? 0;
 }
 
+/** Keys of a tile for matrix units: as many as leave all that lies in workgroup memory within 16 KiB. */
+const matrixKeys = (headDim: number, { input }: MatrixShape): number =>
+  headDim * storageBytes(input) <= 160 ? 32 : 16;
+
+function constantsOf(headDim: number, variant: string, capabilities: Capabilities): Dispatch['constants'] {
+  if (variant === 'scalar') return { HEAD_DIM: headDim };
+  const HEAD_QUADS = headDim / 4;
+  if (variant === 'broadcast') return { HEAD_QUADS, TILE_KEYS: tileKeys(headDim) };
+  const spec = attention.variants[variant];
+  if (!spec?.matrix) return { HEAD_QUADS };
+  return { HEAD_QUADS, TILE_KEYS: matrixKeys(headDim, spec.matrix), ...lanesOf(spec, capabilities) };
+}
+
 export function attentionOf(args: AttentionArgs, capabilities: Capabilities, variant?: string): Dispatch {
   const { images, heads, headDim, queries, keys, q, k, v, out } = args;
-  const chosen = variant ?? pick(attention, capabilities, { headDim, tileKeys: tileKeys(headDim) });
+  const shape = { headDim, tileKeys: tileKeys(headDim), storage: args.storage ?? 'f32' };
+  const chosen = variant ?? pick(attention, capabilities, shape);
   // Odd widths: the fewest heads that fill whole quads.
   const headsEach = chosen !== 'scalar' || headDim % 4 === 0 ? 1 : headDim % 2 === 0 ? 2 : 4;
-  const constants: Readonly<Record<string, Record<string, number>>> = {
-    broadcast: { HEAD_QUADS: headDim / 4, TILE_KEYS: tileKeys(headDim) },
-    direct: { HEAD_QUADS: headDim / 4 },
-    scalar: { HEAD_DIM: headDim },
-  };
   return {
     kernel: attention,
     variant: chosen,
     choices: {},
-    constants: constants[chosen]!,
+    constants: constantsOf(headDim, chosen, capabilities),
     operands: { q, k, v, out },
     params: { queries, keys, rowQuads: (heads * headDim) / 4, scale: 1 / Math.sqrt(headDim) },
-    grid: [ceilDiv(queries, QUERIES[chosen]!), ceilDiv(heads, headsEach), images],
+    grid: [ceilDiv(queries, QUERIES[chosen] ?? 64), ceilDiv(heads, headsEach), images],
     label: args.label,
     flops: 4 * images * queries * keys * heads * headDim,
   };

@@ -10,7 +10,8 @@ import {
   type Kernel,
   type Operand,
 } from '../gpu/kernel.ts';
-import { choiceOf, PANEL, W_FILES, type WeightFormat } from './panel.ts';
+import { lanesOf, MATRIX_VARIANTS, matrixVariants } from './matrix.ts';
+import { choiceOf, PANEL, storageOf, W_FILES, type WeightFormat } from './panel.ts';
 import { pick } from './pick.ts';
 
 export { PANEL } from './panel.ts';
@@ -60,7 +61,7 @@ export const gemm: Kernel = defineKernel({
     lora: { none: 'gemm/lora_none.wgsl', blocks: 'gemm/lora_blocks.wgsl' },
     w: W_FILES,
   },
-  constants: { SILU: false, ADD_PER_ROW: true, GATED: false },
+  constants: { SILU: false, ADD_PER_ROW: true, GATED: false, LANES: 32 },
   variants: {
     broadcast32: {
       files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
@@ -72,6 +73,7 @@ export const gemm: Kernel = defineKernel({
       subgroupSize: 8,
     },
     tile: { files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/tile.wgsl'] },
+    ...matrixVariants(['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/sgm.wgsl']),
   },
 });
 
@@ -80,6 +82,7 @@ const TILES: Readonly<Record<string, { readonly panels: number; readonly rows: n
   broadcast32: { panels: 1, rows: 32 },
   broadcast8: { panels: 1, rows: 64 },
   tile: { panels: 2, rows: 64 },
+  ...Object.fromEntries(MATRIX_VARIANTS.map((variant) => [variant, { panels: 2, rows: 64 }])),
 };
 
 export const loraDown: Kernel = defineKernel({
@@ -215,7 +218,8 @@ export function gemmOf(
     throw new Error(
       `${args.label}: channels ${args.channels} must be a multiple of 8, columns ${args.n} of 4`,
     );
-  const chosen = variant ?? pick(gemm, capabilities, { rows: args.m });
+  const chosen =
+    variant ?? pick(gemm, capabilities, { rows: args.m, storage: storageOf(args.format ?? 'f32') });
   const tile = TILES[chosen]!;
   const params = paramsOf(args, lora?.slot ?? 0);
   const panels = params.panels!;
@@ -225,6 +229,7 @@ export function gemmOf(
     variant: chosen,
     choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none', w: choiceOf(args.format) },
     constants: {
+      ...lanesOf(gemm.variants[chosen], capabilities),
       ...(args.silu ? { SILU: true } : {}),
       ...(args.addPerImage ? { ADD_PER_ROW: false } : {}),
       ...(args.gated ? { GATED: true } : {}),

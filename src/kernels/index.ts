@@ -4,7 +4,7 @@ import { attention } from './attention.ts';
 import { copy, fromNchw, geglu, toNchw } from './elementwise.ts';
 import { gemm, loraDown } from './gemm.ts';
 import { groupApply, groupFold, groupMoments, layerNorm } from './norm.ts';
-import { pack } from './pack.ts';
+import { pack, quantise } from './pack.ts';
 import { combine, norms, product, rotate, unpack } from './patch.ts';
 
 export const KERNELS: readonly Kernel[] = [
@@ -20,6 +20,7 @@ export const KERNELS: readonly Kernel[] = [
   fromNchw,
   toNchw,
   pack,
+  quantise,
   unpack,
   combine,
   product,

@@ -11,7 +11,7 @@ export const PANEL = 32;
 export type WeightFormat = Storage | 'q8_0';
 
 /** k of a q8_0 block. */
-const BLOCK = 32;
+export const BLOCK = 32;
 const BLOCK_BYTES: number = BLOCK * PANEL + 2 * PANEL;
 
 /** What activations and low-rank terms are stored as beside such weights. */

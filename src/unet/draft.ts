@@ -325,7 +325,8 @@ export class Draft {
     v: Virtual,
   ): Virtual {
     const out = this.tensor(id, this.images * queries * heads * headDim);
-    const args = { label: id, images: this.images, heads, headDim, queries, keys, q, k, v, out };
+    const { images, storage } = this;
+    const args = { label: id, images, heads, headDim, queries, keys, storage, q, k, v, out };
     this.always(attentionOf(args, this.#options.capabilities));
     return out;
   }

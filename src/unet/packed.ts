@@ -38,12 +38,12 @@ export function placeOf(part: Part, format: WeightFormat): MatrixPlace {
 }
 
 /** Names of the vectors of a part: a norm's weight, and every bias. */
-export function vectorNames(part: Part): readonly string[] {
+function vectorNames(part: Part): readonly string[] {
   return [...(isMatrix(part) ? [] : [`${part.id}.weight`]), ...(part.bias ? [`${part.id}.bias`] : [])];
 }
 
 /** Bytes of one vector in f32, each at an offset that can be bound. */
-export const vectorBytes = (part: Part, alignment: number): number =>
+const vectorBytes = (part: Part, alignment: number): number =>
   alignTo(storedChannels(part.outFeatures) * 4, alignment);
 
 /** The bundles whose weights lie side by side in one buffer, each where a binding may start. */
@@ -59,7 +59,7 @@ export const heldBundles = (
   });
 
 /** Bytes of the biases of a bundle one behind the other, beside those of its layers. 0 where they have none. */
-export const bundleBiasBytes = ({ parts }: Bundle, alignment: number): number =>
+const bundleBiasBytes = ({ parts }: Bundle, alignment: number): number =>
   parts[0]!.bias
     ? alignTo(
         parts.reduce((sum, { outFeatures }) => sum + outFeatures * 4, 0),
@@ -67,18 +67,52 @@ export const bundleBiasBytes = ({ parts }: Bundle, alignment: number): number =>
       )
     : 0;
 
+interface VectorPlace {
+  readonly offset: number;
+  readonly sizeBytes: number;
+}
+
+/** Biases and norm parameters in the one buffer of all, and once more the biases of each bundle without gaps. */
+export interface VectorPlaces {
+  readonly vectors: readonly (VectorPlace & { readonly name: string })[];
+  readonly biases: readonly (VectorPlace & { readonly bundle: Bundle })[];
+  readonly totalBytes: number;
+}
+
+export function vectorPlaces(
+  parts: readonly Part[],
+  held: readonly Bundle[],
+  alignment: number,
+): VectorPlaces {
+  let totalBytes = 0;
+  const take = (bytes: number): number => {
+    totalBytes += bytes;
+    return totalBytes - bytes;
+  };
+  const vectors = parts.flatMap((part) =>
+    vectorNames(part).map((name) => ({
+      name,
+      offset: take(vectorBytes(part, alignment)),
+      sizeBytes: storedChannels(part.outFeatures) * 4,
+    })),
+  );
+  const biases = held.flatMap((bundle) => {
+    const sizeBytes = bundleBiasBytes(bundle, alignment);
+    return sizeBytes > 0 ? [{ bundle, offset: take(sizeBytes), sizeBytes }] : [];
+  });
+  return { vectors, biases, totalBytes };
+}
+
 /** GPU bytes that the weights of a UNet take, padding included. */
 export function weightBytes(config: UNetConfig, format: WeightFormat, capabilities: Capabilities): number {
-  const { offsetAlignment } = capabilities;
-  const parts = partsOf(config).map(
-    (part) =>
-      (isMatrix(part) ? placeOf(part, format).sizeBytes : 0) +
-      vectorNames(part).length * vectorBytes(part, offsetAlignment),
-  );
-  const biases = heldBundles(config, format, capabilities).map((one) =>
-    bundleBiasBytes(one, offsetAlignment),
-  );
-  return [...parts, ...biases].reduce((sum, bytes) => sum + bytes, 0);
+  const parts = partsOf(config);
+  const held = heldBundles(config, format, capabilities);
+  return parts
+    .filter(isMatrix)
+    .reduce(
+      (sum, part) => sum + placeOf(part, format).sizeBytes,
+      vectorPlaces(parts, held, capabilities.offsetAlignment).totalBytes,
+    );
 }
 
 /** ERR_MODEL_INVALID where the file holds a tensor of the UNet in a dtype that cannot be packed. */

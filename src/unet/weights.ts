@@ -2,12 +2,9 @@
  * The frozen weights of one UNet on the GPU: read from the file in chunks, packed by a kernel, never written again.
  * Owns their buffers; knows files by their open handle, not by path or name.
  */
-import { setTimeout as sleep } from 'node:timers/promises';
 import { UnetdError } from '../errors.ts';
-import { Arena } from '../gpu/arena.ts';
 import { type Device, Usage } from '../gpu/device.ts';
 import { alignTo, type Operand, type Resident } from '../gpu/kernel.ts';
-import { Plan } from '../gpu/plan.ts';
 import { toF32 } from '../half.ts';
 import { packOf } from '../kernels/pack.ts';
 import { leastPanels, PANEL, panelsPerBinding, storageOf, type WeightFormat } from '../kernels/panel.ts';
@@ -16,20 +13,11 @@ import type { UNetConfig } from './config.ts';
 import { type BundledLayers, storedChannels, type WeightSource } from './draft.ts';
 import { type Bundle, layersOf, type Part, partsOf } from './layers.ts';
 import type { Matrix } from './matmul.ts';
-import {
-  bundleBiasBytes,
-  checkDtypes,
-  heldBundles,
-  isMatrix,
-  placeOf,
-  vectorBytes,
-  vectorNames,
-} from './packed.ts';
+import { checkDtypes, heldBundles, isMatrix, placeOf, vectorPlaces } from './packed.ts';
+import { Staging } from './staging.ts';
 
-/** File bytes uploaded at a time: all that loading holds in JS memory. */
+/** File bytes sent to the GPU at a time. */
 const CHUNK_BYTES = 16 * 1024 * 1024;
-/** File bytes in flight before loading waits for the GPU: the driver keeps a copy of them until they are packed. */
-const MAX_QUEUED_BYTES = 4 * CHUNK_BYTES;
 
 /** Progress in file bytes. */
 export type OnBytes = (done: number, total: number) => void;
@@ -112,7 +100,7 @@ export class Weights implements WeightSource {
   }
 }
 
-/** One load: the chunk, the staging buffer and what has been made so far. */
+/** One load: the way to the GPU, and what has been made so far. */
 class Loader {
   readonly #device: Device;
   readonly #format: WeightFormat;
@@ -120,12 +108,9 @@ class Loader {
   readonly #file: SafetensorsFile;
   readonly #entryOf: (ldmName: string) => TensorEntry;
   readonly #onBytes: OnBytes;
-  readonly #chunk: Uint8Array;
-  readonly #stagingBytes: number;
-  readonly #arena: Arena;
+  readonly #chunkBytes: number;
   readonly #made: GPUBuffer[] = [];
-  #staging: GPUBuffer | undefined;
-  #queuedBytes = 0;
+  #staging: Staging | undefined;
   #done = 0;
   #total = 0;
 
@@ -147,9 +132,7 @@ class Loader {
       const panels = isMatrix(part) ? leastPanels(placeOf(part, format).panelBytes, device.capabilities) : 0;
       return panels * PANEL * part.inFeatures * part.kernel ** 2 * 4;
     });
-    this.#stagingBytes = Math.max(CHUNK_BYTES, ...widest.map((bytes) => alignTo(bytes, 16)));
-    this.#chunk = new Uint8Array(this.#stagingBytes);
-    this.#arena = new Arena(device, 'weight packing');
+    this.#chunkBytes = Math.max(CHUNK_BYTES, ...widest.map((bytes) => alignTo(bytes, 16)));
   }
 
   async load(): Promise<Loaded> {
@@ -161,11 +144,11 @@ class Loader {
         sum + this.#entryOf(`${id}.weight`).byteLength + (bias ? this.#entryOf(`${id}.bias`).byteLength : 0),
       0,
     );
-    this.#staging = await this.#create('weight staging', this.#stagingBytes);
+    this.#staging = await Staging.create(this.#device, storageOf(this.#format), this.#chunkBytes);
     const { vectors, biases } = await this.#loadVectors(parts, held);
     const { matrices, bundles } = await this.#loadMatrices(parts, held, biases);
-    await this.#drain();
-    return { matrices, vectors, bundles, buffers: this.#made.filter((buffer) => buffer !== this.#staging) };
+    await this.#staging.done();
+    return { matrices, vectors, bundles, buffers: this.#made };
   }
 
   discard(): void {
@@ -173,8 +156,7 @@ class Loader {
   }
 
   close(): void {
-    this.#staging?.destroy();
-    this.#arena.close();
+    this.#staging?.close();
   }
 
   async #create(label: string, sizeBytes: number): Promise<GPUBuffer> {
@@ -192,21 +174,8 @@ class Loader {
     held: readonly Bundle[],
   ): Promise<{ vectors: ReadonlyMap<string, Operand>; biases: ReadonlyMap<string, Operand> }> {
     const alignment = this.#device.capabilities.offsetAlignment;
-    const places: { name: string; offset: number; sizeBytes: number }[] = [];
-    let total = 0;
-    for (const part of parts) {
-      const sizeBytes = storedChannels(part.outFeatures) * 4;
-      for (const name of vectorNames(part)) {
-        places.push({ name, offset: total, sizeBytes });
-        total += vectorBytes(part, alignment);
-      }
-    }
-    const again = held.flatMap((bundle) => {
-      const sizeBytes = bundleBiasBytes(bundle, alignment);
-      total += sizeBytes;
-      return sizeBytes > 0 ? [{ bundle, offset: total - sizeBytes, sizeBytes }] : [];
-    });
-    const all = new Uint8Array(total);
+    const { vectors: places, biases: again, totalBytes } = vectorPlaces(parts, held, alignment);
+    const all = new Uint8Array(totalBytes);
     for (const { name, offset } of places) {
       const entry = this.#entryOf(name);
       const values = toF32(entry.dtype, await this.#file.read(entry.name));
@@ -222,7 +191,7 @@ class Loader {
         at += outFeatures * 4;
       }
     }
-    const buffer = await this.#create('vectors', total);
+    const buffer = await this.#create('vectors', totalBytes);
     this.#device.gpu.queue.writeBuffer(buffer, 0, all);
     return {
       vectors: new Map(
@@ -289,7 +258,7 @@ class Loader {
         { tensor: entry.name, needed: widest, limit: most },
       );
     // A chunk is bound twice, as the file has it and packed.
-    const inChunk = Math.floor(Math.min(most, this.#chunk.byteLength) / (rowBytes * PANEL) / least) * least;
+    const inChunk = Math.floor(Math.min(most, this.#chunkBytes) / (rowBytes * PANEL) / least) * least;
     const perChunk = Math.min(inChunk, panelsPerBinding(panels, panelBytes, capabilities));
     for (let panel = 0; panel < panels; panel += perChunk) {
       const count = Math.min(perChunk, panels - panel);
@@ -311,43 +280,13 @@ class Loader {
     byteLength: number,
     out: Resident,
   ): Promise<void> {
-    await this.#file.readInto(entry, this.#chunk.subarray(0, byteLength), start);
-    const { gpu } = this.#device;
-    const staging = this.#staging!;
-    gpu.queue.writeBuffer(staging, 0, this.#chunk, 0, alignTo(byteLength, 4));
-    const dispatch = packOf({
-      label: id,
-      dtype: entry.dtype,
-      rows,
-      channels: inFeatures,
-      paddedChannels: storedChannels(inFeatures),
-      taps: kernel ** 2,
-      outPanel: 0,
-      format,
-      src: resident('weight staging', staging, 0, alignTo(byteLength, 4)),
-      out,
-    });
-    const plan = await Plan.compile(this.#device, this.#arena, {
-      label: `pack ${id}`,
-      storage: storageOf(format),
-      steps: [{ kind: 'always', dispatch }],
-      feeds: [],
-      results: [],
-    });
-    const encoder = gpu.createCommandEncoder();
-    plan.encode(encoder);
-    gpu.queue.submit([encoder.finish()]);
-    plan.close();
+    const shape = { channels: inFeatures, paddedChannels: storedChannels(inFeatures), taps: kernel ** 2 };
+    await this.#staging!.add(
+      byteLength,
+      (target) => this.#file.readInto(entry, target, start),
+      (src) => packOf({ label: id, dtype: entry.dtype, rows, ...shape, outPanel: 0, format, src, out }),
+    );
     this.#advance(byteLength);
-    this.#queuedBytes += byteLength;
-    if (this.#queuedBytes >= MAX_QUEUED_BYTES) await this.#drain();
-  }
-
-  async #drain(): Promise<void> {
-    this.#queuedBytes = 0;
-    await this.#device.settle(() => this.#device.gpu.queue.onSubmittedWorkDone());
-    // Lets sockets and timers of this process run between chunks.
-    await sleep(0);
   }
 
   #advance(bytes: number): void {

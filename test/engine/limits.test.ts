@@ -70,6 +70,17 @@ describe('a small binding (software)', () => {
     await engine.close();
   });
 
+  test('of 240 KiB splits weights in 8-bit blocks and changes no result either', async () => {
+    const outs = [];
+    for (const options of [{}, { maxBindingBytes: 240 * 1024 }]) {
+      const engine = await Engine.create(options);
+      await engine.loadModel(model, 'q8_0');
+      outs.push(await run(engine, 'model', [base]));
+      await engine.close();
+    }
+    expect(normalisedError(outs[1]!, outs[0]!)).toBeLessThan(1e-6);
+  });
+
   test('too small for two LoRAs of a layer at once refuses the stack of both, and takes either', async () => {
     const engine = await engineWith({ maxBindingBytes: 300 * 1024 }, ['subject']);
     const twin = loraFile(folder, fixture, 'subject', 'twin');

@@ -53,6 +53,7 @@ const normOf = (gamma: Resident, beta: Resident): Dispatch =>
     },
     {
       subgroupSize: 0,
+      matrices: [],
       software: true,
       maxBindingBytes: 2 ** 27,
       maxBufferBytes: 2 ** 28,

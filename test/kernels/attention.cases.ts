@@ -92,7 +92,7 @@ function build(shape: AttentionShape, storage: Storage): Built {
 /** Variants that take a head width; all when nothing is said. 28 stands for widths of many odd quads. */
 function variantsOf(headDim: number): Pick<Case, 'variants'> {
   if (headDim % 4) return { variants: ['scalar'] };
-  return headDim === 28 ? { variants: ['direct', 'scalar'] } : {};
+  return headDim === 28 ? { variants: Object.keys(attention.variants).filter((v) => v !== 'broadcast') } : {};
 }
 
 export const attentionCase = (shape: AttentionShape): Case => ({

@@ -9,7 +9,7 @@ import { allDispatches } from './recipes.ts';
 /** Constants that must take these values; booleans must take both, and numbers that default to 0 must be set. */
 const VALUES: Readonly<Record<string, readonly number[]>> = {
   SRC_DTYPE: Object.values(PACK_DTYPES),
-  WIDTH: [8, 32],
+  TAPS: [1, 9],
   DTYPE: Object.values(PACK_DTYPES),
 };
 

@@ -1,7 +1,7 @@
 /** Cases of `pack`: every source dtype, odd rows and channels, nine taps, 8-bit blocks, a chunk with an offset. */
 import type { Storage } from '../../src/gpu/kernel.ts';
 import { fromF32, toF32 } from '../../src/half.ts';
-import { pack, packOf } from '../../src/kernels/pack.ts';
+import { hasOctets, pack, packOf, quantise } from '../../src/kernels/pack.ts';
 import { type Built, type Case, random, stored } from './case.ts';
 import { padded, tapsFirst } from './patch_shapes.ts';
 import { quantised } from './q8_0_reference.ts';
@@ -46,11 +46,11 @@ const filesOf = (first: Uint8Array, last: Uint8Array): Pick<Built, 'inputs'> => 
 
 const chunksOf =
   (shape: PackShape, format?: 'q8_0'): Built['dispatches'] =>
-  ({ src, src0, out }) => {
+  ({ src, src0, out }, _, variant) => {
     const { name: label, dtype, rows, channels, taps, before = 0 } = shape;
     const args = { label, dtype, channels, paddedChannels: padded(shape), taps, format, out: out! };
-    const chunk = packOf({ ...args, rows, src: src!, outPanel: before });
-    return src0 ? [packOf({ ...args, rows: before * 32, src: src0, outPanel: 0 }), chunk] : [chunk];
+    const chunk = packOf({ ...args, rows, src: src!, outPanel: before }, variant);
+    return src0 ? [packOf({ ...args, rows: before * 32, src: src0, outPanel: 0 }, variant), chunk] : [chunk];
   };
 
 function build(shape: PackShape, storage: Storage): Built {
@@ -113,7 +113,8 @@ function buildBlocks(shape: PackShape): Built {
 
 export const packCase = (shape: PackShape): Case => ({
   name: shape.name,
-  kernel: pack,
+  kernel: shape.blocks ? quantise : pack,
+  ...(hasOctets({ ...shape, format: shape.blocks ? 'q8_0' : 'f16' }) ? {} : { variants: ['words'] }),
   ...(shape.blocks ? { storages: ['f16'] } : {}),
   build: (storage) => (shape.blocks ? buildBlocks(shape) : build(shape, storage)),
 });
@@ -123,7 +124,8 @@ export const CASES: readonly Case[] = [
   ...(['F32', 'F16', 'BF16'] as const).flatMap((dtype) => [
     { name: `${dtype} with odd rows and channels`, dtype, rows: 33, channels: 13, taps: 1 },
     { name: `${dtype} with nine taps`, dtype, rows: 31, channels: 5, taps: 9 },
-    { name: `${dtype} with channels of whole blocks`, dtype, rows: 36, channels: 40, taps: 9 },
+    { name: `${dtype} by octets`, dtype, rows: 37, channels: 40, taps: 1 },
+    { name: `${dtype} of nine taps by octets`, dtype, rows: 36, channels: 40, taps: 9 },
   ]),
   { name: 'a chunk behind another', dtype: 'F16' as const, rows: 5, channels: 11, taps: 1, before: 2 },
   {

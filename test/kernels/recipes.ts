@@ -6,6 +6,7 @@ import { CASES, variantsOf } from './cases.ts';
 
 const NOWHERE: Capabilities = {
   subgroupSize: 0,
+  matrices: [],
   software: false,
   maxBindingBytes: 2 ** 27,
   maxBufferBytes: 2 ** 28,

@@ -6,7 +6,7 @@ import { feedsOf, shapeOf } from '../../src/engine/batch.ts';
 import type { StepRequest, TensorData } from '../../src/engine/types.ts';
 import { Arena } from '../../src/gpu/arena.ts';
 import type { Device } from '../../src/gpu/device.ts';
-import type { Storage } from '../../src/gpu/kernel.ts';
+import type { Capabilities, Storage } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
 import { toF32 } from '../../src/half.ts';
 import { SafetensorsFile } from '../../src/safetensors.ts';
@@ -91,18 +91,21 @@ export async function loadWeights(
   }
 }
 
-/** Runs one case with every block captured and compares in the order of computation; `out` is the last. */
+/**
+ * Runs one case with every block captured and compares in the order of computation; `out` is the last. Kernels are chosen for
+ * `capabilities`.
+ */
 export async function compareBlocks(
   device: Device,
   storage: Storage,
   model: { config: UNetConfig; weights: Weights },
   fixture: Fixture,
   which: Case,
+  capabilities: Capabilities = device.capabilities,
 ): Promise<readonly Compared[]> {
   const request = requestOf(which);
   const { config, weights } = model;
   const shape = shapeOf([request]);
-  const { capabilities } = device;
   const unet = planUNet(config, shape, { storage, capabilities, weights, lora: undefined, capture: true });
   const arena = new Arena(device, 'test arena');
   const plan = await Plan.compile(device, arena, unet.spec);
