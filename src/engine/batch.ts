@@ -5,8 +5,8 @@
 import type { Storage } from '../gpu/kernel.ts';
 import { fromF32, toF32 } from '../half.ts';
 import type { UNetConfig } from '../unet/config.ts';
-import { storedChannels } from '../unet/draft.ts';
 import { type ControlPattern, timestepEmbedding, type UNetShape } from '../unet/plan.ts';
+import { storedChannels } from '../unet/tensors.ts';
 import { CONTROL_LISTS, imagesIn } from './check.ts';
 import type { StepRequest, TensorData } from './types.ts';
 

@@ -5,62 +5,18 @@
  */
 import type { Arena } from './arena.ts';
 import { type Device, Usage } from './device.ts';
-import { alignTo, type Dispatch, type Virtual } from './kernel.ts';
+import { alignTo, type Virtual } from './kernel.ts';
 import { recipeOf } from './link.ts';
 import { PARAMS_BYTES, writeParams } from './params.ts';
-import type { Compiled } from './pipeline.ts';
-import { checkLimits, dispatchesOf, layOut, type PlanSpec, type Step } from './spec.ts';
-import { type Part, partsOf, type Substitutes } from './substitutes.ts';
+import { checkLimits, dispatchesOf, layOut, type PlanSpec } from './spec.ts';
+import type { Part } from './substitutes.ts';
+import { type Ready, type ReadyStep, type Run, readyOf, readyStep, type Turn, walk } from './walk.ts';
 
 export type { PlanSpec, Step } from './spec.ts';
-
-/** Blocks of the longest stack per slot; 0 where no image has low-rank terms. */
-export type SlotBlocks = (slot: number) => number;
-
-/** What a run decides: the blocks of each slot, and what images bind in the place of tensors of the model. */
-export interface Run {
-  readonly blocks?: SlotBlocks | undefined;
-  readonly substitutes?: Substitutes | undefined;
-}
-
-interface Ready {
-  readonly dispatch: Dispatch;
-  readonly compiled: Compiled;
-  readonly index: number;
-  bindGroup: GPUBindGroup | undefined;
-  /** Of its parts, by first image and substitutes. */
-  readonly parts: Map<string, GPUBindGroup>;
-}
-
-/** One dispatch of a run: as the plan has it, or a part of it. */
-interface Turn {
-  readonly ready: Ready;
-  readonly grid: readonly [number, number, number];
-  readonly part?: Part;
-}
+export type { Run, SlotBlocks } from './walk.ts';
 
 /** Bind groups kept per dispatch for its parts. */
 const MAX_PARTS = 64;
-
-interface ReadySlots {
-  readonly down?: Ready;
-  readonly slots: readonly ReadySlot[];
-}
-
-interface ReadyBundle {
-  readonly slots: readonly number[];
-  readonly tensors: readonly string[];
-  readonly together: readonly Ready[];
-  readonly apart: readonly ReadyStep[];
-}
-
-type ReadyStep = ReadySlots | ReadyBundle;
-
-interface ReadySlot {
-  readonly slot: number;
-  readonly base: readonly Ready[];
-  readonly main: readonly Ready[];
-}
 
 /** Timestamps of one dispatch of a profiled run. */
 export interface Timing {
@@ -269,49 +225,3 @@ const strideOf = ({ capabilities }: Device): number => alignTo(PARAMS_BYTES, cap
 
 /** Images that a dispatch counts along its grid. */
 const imagesOf = ({ dispatch: { grid, imageAxis } }: Ready): number => (imageAxis ? grid[imageAxis] : 1);
-
-function readyStep(step: Step, take: (dispatches: readonly Dispatch[]) => readonly Ready[]): ReadyStep {
-  if (step.kind === 'always') return { slots: [{ slot: -1, base: take([step.dispatch]), main: [] }] };
-  if (step.kind === 'bundle') {
-    const together = take(step.together);
-    return { ...step, together, apart: step.apart.map((one) => readyStep(one, take)) };
-  }
-  const [down] = take([step.down]);
-  const slots = step.slots.map(({ slot, base, main }) => ({ slot, base: take(base), main: take(main) }));
-  return { down: down!, slots };
-}
-
-function readyOf(step: ReadyStep): readonly Ready[] {
-  if ('together' in step) return [...step.together, ...step.apart.flatMap(readyOf)];
-  return [...(step.down ? [step.down] : []), ...step.slots.flatMap(({ base, main }) => [...base, ...main])];
-}
-
-function* walk(step: ReadyStep, run: Run): Generator<Turn> {
-  const { blocks, substitutes } = run;
-  if ('together' in step) {
-    const isPlain =
-      step.slots.every((slot) => (blocks?.(slot) ?? 0) === 0) &&
-      !step.tensors.some((name) => substitutes?.has(name));
-    if (isPlain) for (const ready of step.together) yield { ready, grid: ready.dispatch.grid };
-    else for (const one of step.apart) yield* walk(one, run);
-    return;
-  }
-  const { down, slots } = step;
-  const counts = slots.map(({ slot }) => (down ? (blocks?.(slot) ?? 0) : 0));
-  // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
-  const most = counts.reduce((sum, count) => sum + count, 0);
-  if (down && most > 0) yield { ready: down, grid: [most, down.dispatch.grid[1], down.dispatch.grid[2]] };
-  for (const [i, { base, main }] of slots.entries())
-    for (const ready of counts[i]! > 0 ? main : base) yield* turnsOf(ready, substitutes);
-}
-
-function* turnsOf(ready: Ready, substitutes: Substitutes | undefined): Generator<Turn> {
-  const { dispatch } = ready;
-  const { grid, imageAxis } = dispatch;
-  const parts = substitutes && partsOf(dispatch, substitutes);
-  if (!parts) yield { ready, grid };
-  for (const part of parts ?? []) {
-    const [x, y, z] = grid;
-    yield { ready, part, grid: imageAxis === 1 ? [x, part.images, z] : [x, y, part.images] };
-  }
-}

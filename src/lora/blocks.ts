@@ -5,8 +5,8 @@
 import { ceilDiv } from '../gpu/kernel.ts';
 import { PANEL, RANK_BLOCK } from '../kernels/gemm.ts';
 import type { Layer } from '../unet/config.ts';
-import { storedChannels } from '../unet/draft.ts';
 import { firstReader } from '../unet/layers.ts';
+import { storedChannels } from '../unet/tensors.ts';
 import type { LowRank } from './change.ts';
 
 /** Quads (four values) of the two parts of a block. */

@@ -14,8 +14,8 @@ import {
   type WeightShape,
   type Words,
 } from '../kernels/patch.ts';
-import { storedChannels } from '../unet/draft.ts';
 import type { Matrix } from '../unet/matmul.ts';
+import { storedChannels } from '../unet/tensors.ts';
 import type { Rule } from './change.ts';
 import type { PlacedArray, PlacedPatch } from './placed.ts';
 

@@ -2,7 +2,7 @@
  * The table that tells the kernels, for one batch, which low-rank blocks each image has at each layer. A pure function
  * from stacks to words; `shaders/gemm/lora_blocks.wgsl` says how they are read.
  */
-import type { LayerInput } from '../unet/draft.ts';
+import type { LayerInput } from '../unet/tensors.ts';
 import type { PlacedAdapter } from './pool.ts';
 
 /** One adapter of an image's stack. */

@@ -18,48 +18,15 @@ import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
 import { type LoraOperands, PANEL, type Rows, type Segments } from '../kernels/gemm.ts';
 import { groupNormOf, groupNormScratch, layerNormOf } from '../kernels/norm.ts';
 import { firstReader } from './layers.ts';
-import { bundleStep, type Matmul, type Matrix, matmulOf, stepsOf } from './matmul.ts';
-
-/** Channels as stored: padded with zeros to a multiple of 8. */
-export const storedChannels = (channels: number): number => alignTo(channels, 8);
-
-/** Where a plan finds weights. Throws on a layer that does not exist. */
-export interface WeightSource {
-  matrix(id: string): Matrix;
-  /** f32 values of a bias or norm parameter, padded to a multiple of 8; undefined where the layer has none. */
-  vector(name: string): Operand | undefined;
-  /** The layers of a bundle as one matrix, and their biases in one vector; undefined where they do not lie side by side. */
-  bundle(id: string): BundledLayers | undefined;
-}
-
-export interface BundledLayers {
-  readonly matrix: Matrix;
-  readonly bias: Operand | undefined;
-}
-
-/** The output of one layer of a bundle. */
-export interface Columns {
-  readonly tensor: Virtual;
-  readonly segments?: Segments;
-}
-
-/** Activations [images, height * width, channels], channels as stored. */
-export interface Activation {
-  readonly tensor: Virtual;
-  readonly channels: number;
-  readonly height: number;
-  readonly width: number;
-}
-
-export const tokensOf = ({ height, width }: Activation): number => height * width;
-
-/** A tensor that layers with LoRA slots read. */
-export interface LayerInput {
-  /** Of the layers that read it; the kernels find the low-rank terms of all of them at the first one. */
-  readonly slots: readonly number[];
-  /** Rows per image that these layers compute. */
-  readonly rows: number;
-}
+import { bundleStep, type Matmul, matmulOf, segmentsOf, stepsOf } from './matmul.ts';
+import {
+  type Activation,
+  type Columns,
+  type LayerInput,
+  storedChannels,
+  tokensOf,
+  type WeightSource,
+} from './tensors.ts';
 
 export interface DraftOptions {
   readonly images: number;
@@ -88,8 +55,6 @@ interface MatmulOptions extends LayerOptions {
 
 /** Layers that share a down projection. */
 type Group = readonly [string, ...string[]];
-
-const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
 
 export class Draft {
   readonly images: number;
@@ -175,7 +140,7 @@ export class Draft {
     return new Map([...outs].map(([one, out]) => [one, { tensor: out, ...(segments ? { segments } : {}) }]));
   }
 
-  /** One tensor for the outputs of layers, in segments so wide that every layer has whole ones, and its ranges. */
+  /** One tensor for the outputs of layers, in segments, and its ranges. */
   #segmented(
     id: string,
     ids: readonly string[],
@@ -183,22 +148,14 @@ export class Draft {
   ): { readonly tensor: Virtual; readonly segments: Segments; readonly outs: Map<string, Virtual> } {
     const { capabilities, weights } = this.#options;
     const widths = ids.map((one) => weights.matrix(one).outFeatures);
-    const columns = widths.reduce(gcd);
-    const quadBytes = 4 * storageBytes(this.storage);
-    const strideBytes = alignTo((this.images * m * columns * quadBytes) / 4, capabilities.offsetAlignment);
-    const bytesOf = (width: number): number => (width / columns) * strideBytes;
-    const tensor = this.bytes(
-      id,
-      widths.reduce((sum, width) => sum + bytesOf(width), 0),
-    );
-    const outs = new Map<string, Virtual>();
-    let offset = 0;
-    for (const [i, width] of widths.entries()) {
-      const range = this.bytes(ids[i]!, bytesOf(width));
-      outs.set(ids[i]!, { ...range, within: { tensor, offset } });
-      offset += range.sizeBytes;
-    }
-    return { tensor, segments: { columns, strideQuads: strideBytes / quadBytes }, outs };
+    const { segments, ranges, sizeBytes } = segmentsOf(widths, this.images * m, this.storage, capabilities);
+    const tensor = this.bytes(id, sizeBytes);
+    const outs = ids.map((one, i) => {
+      const range = ranges[i]!;
+      const within = { tensor, offset: range.offset };
+      return [one, { ...this.bytes(one, range.sizeBytes), within }] as const;
+    });
+    return { tensor, segments, outs: new Map(outs) };
   }
 
   #push(matmuls: readonly [Matmul, ...Matmul[]], rows: number): void {

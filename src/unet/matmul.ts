@@ -2,9 +2,16 @@
  * Layers as matmuls: weights that exceed a binding are split, and layers that read one tensor become one step with their
  * low-rank form. Builds dispatches from arguments; allocates no tensors and knows no layer by name.
  */
-import { type Capabilities, ceilDiv, type Operand } from '../gpu/kernel.ts';
+import {
+  alignTo,
+  type Capabilities,
+  ceilDiv,
+  type Operand,
+  type Storage,
+  storageBytes,
+} from '../gpu/kernel.ts';
 import type { Step } from '../gpu/plan.ts';
-import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf } from '../kernels/gemm.ts';
+import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf, type Segments } from '../kernels/gemm.ts';
 import { PANEL, panelBytes, panelsPerBinding, type WeightFormat } from '../kernels/panel.ts';
 
 /** A packed weight matrix, [panels][k][32], and its layer's LoRA slot. */
@@ -40,6 +47,34 @@ export function matmulOf(
     parts.push({ ...args, w, format, panel0, panels: args.gated ? count / 2 : count });
   }
   return { slot: matrix.slot, parts };
+}
+
+const gcd = (a: number, b: number): number => (b === 0 ? a : gcd(b, a % b));
+
+/**
+ * Where the outputs of layers of such widths lie in one tensor: in segments so narrow that every layer has whole ones, each
+ * where a binding may start.
+ */
+export function segmentsOf(
+  widths: readonly number[],
+  rows: number,
+  storage: Storage,
+  { offsetAlignment }: Capabilities,
+): {
+  readonly segments: Segments;
+  readonly ranges: readonly { readonly offset: number; readonly sizeBytes: number }[];
+  readonly sizeBytes: number;
+} {
+  const columns = widths.reduce(gcd);
+  const strideBytes = alignTo(rows * columns * storageBytes(storage), offsetAlignment);
+  let end = 0;
+  const ranges = widths.map((width) => {
+    const sizeBytes = (width / columns) * strideBytes;
+    end += sizeBytes;
+    return { offset: end - sizeBytes, sizeBytes };
+  });
+  const segments = { columns, strideQuads: strideBytes / (4 * storageBytes(storage)) };
+  return { segments, ranges, sizeBytes: end };
 }
 
 /** Layers that read one tensor as the one matrix that their weights are, and as they run where each needs its own. */

@@ -8,8 +8,8 @@ import { PACK_DTYPES } from '../kernels/pack.ts';
 import { formatOf, PANEL, panelBytes, storageOf, type WeightFormat } from '../kernels/panel.ts';
 import type { TensorEntry } from '../safetensors.ts';
 import type { UNetConfig } from './config.ts';
-import { storedChannels } from './draft.ts';
 import { type Bundle, bundlesOf, type Part, partsOf, tensorsOf } from './layers.ts';
+import { storedChannels } from './tensors.ts';
 
 /** Linear layers and convolutions; norms are vectors. */
 export const isMatrix = (part: Part): boolean => part.kind === 'linear' || part.kind === 'conv';

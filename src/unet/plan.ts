@@ -6,15 +6,8 @@ import type { Virtual } from '../gpu/kernel.ts';
 import type { PlanSpec } from '../gpu/plan.ts';
 import { toNchwOf } from '../kernels/elementwise.ts';
 import type { UNetConfig, UNetModule } from './config.ts';
-import {
-  type Activation,
-  type Columns,
-  Draft,
-  type DraftOptions,
-  type LayerInput,
-  storedChannels,
-  tokensOf,
-} from './draft.ts';
+import { Draft, type DraftOptions } from './draft.ts';
+import { type Activation, type Columns, type LayerInput, storedChannels, tokensOf } from './tensors.ts';
 
 type Res = Extract<UNetModule, { kind: 'res' }>;
 type Transformer = Extract<UNetModule, { kind: 'transformer' }>;

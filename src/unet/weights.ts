@@ -10,11 +10,11 @@ import { packOf } from '../kernels/pack.ts';
 import { leastPanels, PANEL, panelsPerBinding, storageOf, type WeightFormat } from '../kernels/panel.ts';
 import type { SafetensorsFile, TensorEntry } from '../safetensors.ts';
 import type { UNetConfig } from './config.ts';
-import { type BundledLayers, storedChannels, type WeightSource } from './draft.ts';
 import { type Bundle, layersOf, type Part, partsOf } from './layers.ts';
 import type { Matrix } from './matmul.ts';
 import { checkDtypes, heldBundles, isMatrix, placeOf, vectorPlaces } from './packed.ts';
 import { Staging } from './staging.ts';
+import { type BundledLayers, storedChannels, type WeightSource } from './tensors.ts';
 
 /** File bytes sent to the GPU at a time. */
 const CHUNK_BYTES = 16 * 1024 * 1024;

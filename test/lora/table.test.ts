@@ -3,7 +3,7 @@ import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import type { PlacedAdapter } from '../../src/lora/pool.ts';
 import { loraTable, type StackEntry } from '../../src/lora/table.ts';
-import type { LayerInput } from '../../src/unet/draft.ts';
+import type { LayerInput } from '../../src/unet/tensors.ts';
 
 const SEED = 0x7ab1e;
 const SLOTS = 5;

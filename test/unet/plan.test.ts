@@ -10,9 +10,9 @@ import { Plan } from '../../src/gpu/plan.ts';
 import { dispatchesOf } from '../../src/gpu/spec.ts';
 import { PANEL } from '../../src/kernels/gemm.ts';
 import { detectUNet } from '../../src/unet/detect.ts';
-import type { WeightSource } from '../../src/unet/draft.ts';
 import { bundlesOf, layersOf, partsOf } from '../../src/unet/layers.ts';
 import { planUNet, type UNetPlan } from '../../src/unet/plan.ts';
+import type { WeightSource } from '../../src/unet/tensors.ts';
 import { type Model, shapesOf } from '../fixtures/shapes/load.ts';
 
 /**
@@ -20,16 +20,16 @@ import { type Model, shapesOf } from '../fixtures/shapes/load.ts';
  * more than the guaranteed 256 MiB in one buffer runs the larger ones one image at a time.
  */
 const PLANS: readonly (readonly [model: Model, size: number, dispatches: number, arenaMiB: number])[] = [
-  ['sd15', 64, 563, 101],
-  ['sd15-inpaint', 64, 563, 101],
-  ['sd21', 64, 563, 101],
-  ['sdxl', 128, 1354, 311],
-  ['sdxl-inpaint', 128, 1354, 311],
-  ['sdxl-refiner', 128, 988, 373],
-  ['ssd-1b', 128, 764, 311],
-  ['vega', 128, 460, 311],
-  ['koala-700m', 128, 471, 251],
-  ['koala-1b', 128, 637, 251],
+  ['sd15', 64, 478, 76],
+  ['sd15-inpaint', 64, 478, 76],
+  ['sd21', 64, 478, 76],
+  ['sdxl', 128, 999, 281],
+  ['sdxl-inpaint', 128, 999, 281],
+  ['sdxl-refiner', 128, 758, 337],
+  ['ssd-1b', 128, 589, 281],
+  ['vega', 128, 380, 281],
+  ['koala-700m', 128, 364, 241],
+  ['koala-1b', 128, 484, 241],
 ];
 const IMAGES = 2;
 /** What WebGPU guarantees everywhere. */

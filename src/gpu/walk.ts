@@ -1,0 +1,101 @@
+/**
+ * What a run of a plan dispatches, in order: which form of each step, and in how many parts. Encodes nothing, owns nothing.
+ */
+import type { Dispatch } from './kernel.ts';
+import type { Compiled } from './pipeline.ts';
+import type { Step } from './spec.ts';
+import { type Part, partsOf, type Substitutes } from './substitutes.ts';
+
+/** Blocks of the longest stack per slot; 0 where no image has low-rank terms. */
+export type SlotBlocks = (slot: number) => number;
+
+/** What a run decides: the blocks of each slot, and what images bind in the place of tensors of the model. */
+export interface Run {
+  readonly blocks?: SlotBlocks | undefined;
+  readonly substitutes?: Substitutes | undefined;
+}
+
+export interface Ready {
+  readonly dispatch: Dispatch;
+  readonly compiled: Compiled;
+  readonly index: number;
+  bindGroup: GPUBindGroup | undefined;
+  /** Of its parts, by first image and substitutes. */
+  readonly parts: Map<string, GPUBindGroup>;
+}
+
+/** One dispatch of a run: as the plan has it, or a part of it. */
+export interface Turn {
+  readonly ready: Ready;
+  readonly grid: readonly [number, number, number];
+  readonly part?: Part;
+}
+
+interface ReadySlots {
+  readonly down?: Ready;
+  readonly slots: readonly ReadySlot[];
+}
+
+interface ReadyBundle {
+  readonly slots: readonly number[];
+  readonly tensors: readonly string[];
+  readonly together: readonly Ready[];
+  readonly apart: readonly ReadyStep[];
+}
+
+export type ReadyStep = ReadySlots | ReadyBundle;
+
+interface ReadySlot {
+  readonly slot: number;
+  readonly base: readonly Ready[];
+  readonly main: readonly Ready[];
+}
+
+export function readyStep(
+  step: Step,
+  take: (dispatches: readonly Dispatch[]) => readonly Ready[],
+): ReadyStep {
+  if (step.kind === 'always') return { slots: [{ slot: -1, base: take([step.dispatch]), main: [] }] };
+  if (step.kind === 'bundle') {
+    const together = take(step.together);
+    return { ...step, together, apart: step.apart.map((one) => readyStep(one, take)) };
+  }
+  const [down] = take([step.down]);
+  const slots = step.slots.map(({ slot, base, main }) => ({ slot, base: take(base), main: take(main) }));
+  return { down: down!, slots };
+}
+
+export function readyOf(step: ReadyStep): readonly Ready[] {
+  if ('together' in step) return [...step.together, ...step.apart.flatMap(readyOf)];
+  return [...(step.down ? [step.down] : []), ...step.slots.flatMap(({ base, main }) => [...base, ...main])];
+}
+
+export function* walk(step: ReadyStep, run: Run): Generator<Turn> {
+  const { blocks, substitutes } = run;
+  if ('together' in step) {
+    const isPlain =
+      step.slots.every((slot) => (blocks?.(slot) ?? 0) === 0) &&
+      !step.tensors.some((name) => substitutes?.has(name));
+    if (isPlain) for (const ready of step.together) yield { ready, grid: ready.dispatch.grid };
+    else for (const one of step.apart) yield* walk(one, run);
+    return;
+  }
+  const { down, slots } = step;
+  const counts = slots.map(({ slot }) => (down ? (blocks?.(slot) ?? 0) : 0));
+  // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
+  const most = counts.reduce((sum, count) => sum + count, 0);
+  if (down && most > 0) yield { ready: down, grid: [most, down.dispatch.grid[1], down.dispatch.grid[2]] };
+  for (const [i, { base, main }] of slots.entries())
+    for (const ready of counts[i]! > 0 ? main : base) yield* turnsOf(ready, substitutes);
+}
+
+function* turnsOf(ready: Ready, substitutes: Substitutes | undefined): Generator<Turn> {
+  const { dispatch } = ready;
+  const { grid, imageAxis } = dispatch;
+  const parts = substitutes && partsOf(dispatch, substitutes);
+  if (!parts) yield { ready, grid };
+  for (const part of parts ?? []) {
+    const [x, y, z] = grid;
+    yield { ready, part, grid: imageAxis === 1 ? [x, part.images, z] : [x, y, part.images] };
+  }
+}
