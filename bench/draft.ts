@@ -5,19 +5,9 @@
 import type { Capabilities, Dispatch, Resident, Storage } from '../src/gpu/kernel.ts';
 import { plainDispatchesOf } from '../src/gpu/spec.ts';
 import type { UNetConfig } from '../src/unet/config.ts';
-import { layersOf, partsOf } from '../src/unet/layers.ts';
-import { heldBundles } from '../src/unet/packed.ts';
 import { planUNet, type UNetPlan, type UNetShape } from '../src/unet/plan.ts';
-
-/** Of no adapter in particular. */
-const ANY: Capabilities = {
-  subgroupSize: 0,
-  matrices: [],
-  software: false,
-  maxBindingBytes: 2 ** 27,
-  maxBufferBytes: 2 ** 28,
-  offsetAlignment: 256,
-};
+import { GUARANTEED } from '../test/gpu/capabilities.ts';
+import { standInWeights } from '../test/unet/stand-in.ts';
 
 const unbound = (sizeBytes: number): Resident => ({
   kind: 'resident',
@@ -33,31 +23,11 @@ export function drafted(
   config: UNetConfig,
   shape: UNetShape,
   storage: Storage = 'f16',
-  capabilities: Capabilities = ANY,
+  capabilities: Capabilities = GUARANTEED,
 ): UNetPlan {
-  const parts = new Map(partsOf(config).map((part) => [part.id, part]));
-  const bundles = heldBundles(config, storage, capabilities);
-  const slots = new Map(layersOf(config).map(({ id }, slot) => [id, slot]));
-  const weights = {
-    matrix: (id: string) => {
-      const { inFeatures, outFeatures, kernel } = parts.get(id)!;
-      const range = (_offset: number, sizeBytes: number): Resident => unbound(sizeBytes);
-      return { slot: slots.get(id)!, format: storage, inFeatures, outFeatures, kernel, range };
-    },
-    vector: (name: string) => {
-      const part = parts.get(name.replace(/\.(weight|bias)$/, ''))!;
-      return name.endsWith('.bias') && !part.bias ? undefined : unbound(0);
-    },
-    bundle: (id: string) => {
-      const members = bundles.find((bundle) => bundle.id === id)?.parts;
-      if (!members) return undefined;
-      const { inFeatures, kernel, bias } = members[0]!;
-      const outFeatures = members.reduce((sum, part) => sum + part.outFeatures, 0);
-      const range = (_offset: number, sizeBytes: number): Resident => unbound(sizeBytes);
-      const matrix = { slot: -1, format: storage, inFeatures, outFeatures, kernel, range };
-      return { matrix, bias: bias ? unbound(0) : undefined };
-    },
-  };
+  // Norm parameters and biases, which are small, are not counted.
+  const operands = { matrix: unbound, vector: () => unbound(0) };
+  const weights = standInWeights(config, storage, capabilities, operands);
   const lora = (slot: number) => ({ slot, pool: unbound(0), table: unbound(0), t: unbound(0) });
   return planUNet(config, shape, { storage, capabilities, weights, lora });
 }
@@ -66,7 +36,7 @@ export function drafted(
 export const baseDispatches = ({ spec }: UNetPlan): readonly Dispatch[] =>
   spec.steps.flatMap(plainDispatchesOf);
 
-/** Each operand once; norm parameters and biases, which are small, are not counted. */
+/** Each operand once. */
 export const leastBytes = ({ operands }: Dispatch): number =>
   Object.values(operands).reduce((sum, { sizeBytes }) => sum + sizeBytes, 0);
 

@@ -262,3 +262,34 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any], lis
 
     monkeypatch.setattr(Connection, "request", record)
     return requests
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    # It needs ComfyUI, which only some tests do.
+    import torch_server
+
+    return torch_server.random_weights(torch_server.names_and_shapes(torch_server.SD1))
+
+
+@pytest.fixture(scope="module")
+def local(weights: dict[str, torch.Tensor]) -> Any:
+    """ComfyUI's own patcher of the model."""
+    import torch_server
+
+    return torch_server.local_model(weights)
+
+
+@pytest.fixture()
+def torch_server(weights: dict[str, torch.Tensor]) -> Any:
+    from torch_server import TorchServer
+
+    return TorchServer(weights)
+
+
+@pytest.fixture()
+def remote(torch_server: Any) -> Any:
+    """The same model as the node loads it from that server."""
+    from patcher_setting import loaded
+
+    return loaded(torch_server)

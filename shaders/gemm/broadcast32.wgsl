@@ -3,17 +3,13 @@
 // the value panel and of its gates.
 // Preconditions: subgroups of 8 lanes; kQuads even (channels are padded to 8).
 
-fn seekRows(rows: array<Row, 4>, tap: u32) -> array<Source, 4> {
-  return array(seek(rows[0], tap), seek(rows[1], tap), seek(rows[2], tap), seek(rows[3], tap));
-}
-
 @compute @workgroup_size(8)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let image = p.image0 + group.z;
   let panel = p.panel0 + group.x;
   let m = tileRows(group.y * 32u, lane);
   let inside = min(m, vec4u(p.m - 1u));
-  let rows = array(rowAt(image, inside.x), rowAt(image, inside.y), rowAt(image, inside.z), rowAt(image, inside.w));
+  let rows = rowsAt(image, inside);
   var left: array<mat4x4f, 4>;
   var right: array<mat4x4f, 4>;
   var gateLeft: array<mat4x4f, 4>;
@@ -25,7 +21,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     let s = seekRows(rows, tap);
     // One quad of k per turn: what is unrolled further takes longer to compile and runs no faster.
     for (var c = 0u; c < p.kQuads; c++) {
-      let a = transpose(mat4x4f(loadA(s[0], c), loadA(s[1], c), loadA(s[2], c), loadA(s[3], c)));
+      let a = loadRows(s, c);
       let b = load4_w(w);
       outer(&left, a, b, 0u);
       outer(&right, a, b, 4u);

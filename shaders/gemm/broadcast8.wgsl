@@ -1,7 +1,7 @@
 // out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z.
 // W is packed [n / 32][k][32]. For drivers whose subgroups have 8 lanes and where workgroup memory is slow (software).
-// A subgroup computes 8 rows x 32 columns (with GATED, of the value panel and of its gates): lane l loads row l of A and owns columns 4l .. 4l+3; the values of A are
-// spread by shuffles from a constant lane. A workgroup stacks its subgroups along m.
+// A subgroup computes 8 rows x 32 columns (with GATED, of the value panel and of its gates): lane l loads row l of A and owns
+// columns 4l .. 4l+3; the values of A are spread by shuffles from a constant lane. A workgroup stacks its subgroups along m.
 // Preconditions: subgroups of 8 lanes; kQuads even (channels are padded to 8).
 
 fn outer(acc: ptr<function, array<vec4f, 8>>, a: vec4f, b: mat4x4f) {

@@ -4,8 +4,9 @@
 // Workgroups past the image's number of blocks leave at once.
 // Preconditions: subgroups of 8 lanes.
 
-fn loadRows(s: array<Source, 4>, c: u32) -> mat4x4f {
-  return transpose(mat4x4f(loadA(s[0], c), loadA(s[1], c), loadA(s[2], c), loadA(s[3], c)));
+// Ranks of the lane's half of a block, of k .. k+3, one a column of the matrix.
+fn loadDown(d: u32) -> mat4x4f {
+  return mat4x4f(load_down(d), load_down(d + 2u), load_down(d + 4u), load_down(d + 6u));
 }
 
 @compute @workgroup_size(8)
@@ -18,21 +19,21 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   let wide = first + 2u < blocks.y;
   let m = tileRows(group.y * 32u, lane);
   let inside = min(m, vec4u(p.m - 1u));
-  let rows = array(rowAt(image, inside.x), rowAt(image, inside.y), rowAt(image, inside.z), rowAt(image, inside.w));
+  let rows = rowsAt(image, inside);
   var left: array<mat4x4f, 4>;
   var right: array<mat4x4f, 4>;
 
   var d = table[min(blocks.x + first + lane / 2u, last)].x + lane % 2u;
   for (var tap = 0u; tap < TAPS; tap++) {
-    let s = array(seek(rows[0], tap), seek(rows[1], tap), seek(rows[2], tap), seek(rows[3], tap));
+    let s = seekRows(rows, tap);
     // Two loops of which one has no turns, and not a condition within one: such drivers run both sides of a condition.
     for (var c = 0u; c < select(p.kQuads, 0u, wide); c++) {
-      outer(&left, loadRows(s, c), mat4x4f(load_down(d), load_down(d + 2u), load_down(d + 4u), load_down(d + 6u)), 0u);
+      outer(&left, loadRows(s, c), loadDown(d), 0u);
       d += 8u;
     }
     for (var c = 0u; c < select(0u, p.kQuads, wide); c++) {
       let a = loadRows(s, c);
-      let b = mat4x4f(load_down(d), load_down(d + 2u), load_down(d + 4u), load_down(d + 6u));
+      let b = loadDown(d);
       outer(&left, a, b, 0u);
       outer(&right, a, b, 4u);
       d += 8u;

@@ -40,11 +40,6 @@ struct Slice { a: array<vec4<Factor>, A_EACH>, b: array<array<vec4<Factor>, 4>, 
 
 struct Tile { image: u32, row: u32, panels: vec2u, blocks: vec2u }
 
-// The first or second panel of a workgroup, counted from panel0; the last workgroup may repeat one.
-fn panelOf(group: u32, which: u32) -> u32 {
-  return select(min(group * 2u + which, p.panels - 1u), group + which * p.panels, GATED);
-}
-
 // Quads of k in a slice of a tap; tap TAPS stands for the low-rank terms.
 fn quadsOf(tap: u32) -> u32 {
   return select(QUADS, QUADS / PARTS, tap == TAPS || WIDE_x || WIDE_x2);
@@ -155,7 +150,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
         let at = i % (4u * MATRIX_M);
         var v = array<vec4f, PANELS>();
         for (var j = 0u; j < PANELS; j++) { v[j] = sums[(owner + j) * 4u * MATRIX_M + at]; }
-        let panel = select(group.x * 2u + owner % 2u, group.x, GATED);
+        let panel = outPanelOf(group.x, owner % 2u);
         let m = tile.row + owner / 2u * PART + r * MATRIX_M + at / 4u;
         if (panel < p.panels) { store(image, m, (p.panel0 + panel) * 8u + c * MATRIX_N / 4u + at % 4u, v); }
       }

@@ -25,11 +25,6 @@ fn accumulate(acc: ptr<function, array<array<vec4f, 2>, 8>>, ty: u32, tx: u32) {
   }
 }
 
-// The first or second panel of a workgroup, counted from panel0; the last workgroup may repeat one.
-fn panelOf(group: u32, which: u32) -> u32 {
-  return select(min(group * 2u + which, p.panels - 1u), group + which * p.panels, GATED);
-}
-
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
   let image = p.image0 + group.z;
@@ -74,7 +69,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
     for (var h = 0u; h < 2u; h += PANELS) {
       var v = array<vec4f, PANELS>();
       for (var i = 0u; i < PANELS; i++) { v[i] = acc[r][h + i]; }
-      let at = select(group.x * 2u + h, group.x, GATED);
+      let at = outPanelOf(group.x, h);
       if (at < p.panels) { store(image, m0 + ty * 8u + r, (p.panel0 + at) * 8u + tx, v); }
     }
   }

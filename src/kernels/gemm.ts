@@ -14,12 +14,13 @@ import { lanesOf, MATRIX_VARIANTS, matrixVariants } from './matrix.ts';
 import { choiceOf, PANEL, storageOf, W_FILES, type WeightFormat } from './panel.ts';
 import { pick } from './pick.ts';
 
-export { PANEL } from './panel.ts';
-
 /** Ranks of one low-rank block. */
 export const RANK_BLOCK = 8;
 
 const A_FILES = { linear: 'gemm/a_linear.wgsl', concat: 'gemm/a_concat.wgsl', conv3: 'gemm/a_conv3.wgsl' };
+
+/** What every variant ends with. */
+const EPILOGUE = ['lib/phi.wgsl', 'gemm/store.wgsl'] as const;
 
 const PARAMS = {
   m: 'u32',
@@ -63,17 +64,14 @@ export const gemm: Kernel = defineKernel({
   },
   constants: { SILU: false, ADD_PER_ROW: true, GATED: false, LANES: 32 },
   variants: {
-    broadcast32: {
-      files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
-      subgroupSize: 8,
-    },
+    broadcast32: { files: [...EPILOGUE, 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'], subgroupSize: 8 },
     broadcast8: {
-      files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/broadcast8.wgsl'],
+      files: [...EPILOGUE, 'gemm/broadcast8.wgsl'],
       constants: { WORKGROUP: 64 },
       subgroupSize: 8,
     },
-    tile: { files: ['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/tile.wgsl'] },
-    ...matrixVariants(['lib/phi.wgsl', 'gemm/store.wgsl', 'gemm/sgm.wgsl']),
+    tile: { files: [...EPILOGUE, 'gemm/two_panels.wgsl', 'gemm/tile.wgsl'] },
+    ...matrixVariants([...EPILOGUE, 'gemm/two_panels.wgsl', 'gemm/sgm.wgsl']),
   },
 });
 

@@ -3,7 +3,8 @@
  * zero padded. The layout that `shaders/gemm/lora_down.wgsl` and `lora_blocks.wgsl` read; no GPU here.
  */
 import { ceilDiv } from '../gpu/kernel.ts';
-import { PANEL, RANK_BLOCK } from '../kernels/gemm.ts';
+import { RANK_BLOCK } from '../kernels/gemm.ts';
+import { PANEL } from '../kernels/panel.ts';
 import type { Layer } from '../unet/config.ts';
 import { firstReader } from '../unet/layers.ts';
 import { storedChannels } from '../unet/tensors.ts';

@@ -5,7 +5,6 @@
 import {
   alignTo,
   type Capabilities,
-  ceilDiv,
   type Dispatch,
   type Operand,
   type Storage,
@@ -13,15 +12,18 @@ import {
   type Virtual,
 } from '../gpu/kernel.ts';
 import type { Step } from '../gpu/plan.ts';
-import { attentionOf } from '../kernels/attention.ts';
+import { type AttentionArgs, attentionOf } from '../kernels/attention.ts';
 import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
-import { type LoraOperands, PANEL, type Rows, type Segments } from '../kernels/gemm.ts';
+import type { LoraOperands, Rows, Segments } from '../kernels/gemm.ts';
 import { groupNormOf, groupNormScratch, layerNormOf } from '../kernels/norm.ts';
+import { PANEL } from '../kernels/panel.ts';
 import { firstReader } from './layers.ts';
 import { bundleStep, type Matmul, matmulOf, segmentsOf, stepsOf } from './matmul.ts';
 import {
   type Activation,
+  type BundledLayers,
   type Columns,
+  convolved,
   type LayerInput,
   storedChannels,
   tokensOf,
@@ -47,11 +49,30 @@ interface LayerOptions {
   readonly wide?: boolean;
 }
 
+interface ConvOptions {
+  readonly stride?: 1 | 2;
+  readonly scaleTo?: readonly [number, number];
+}
+
 interface MatmulOptions extends LayerOptions {
   readonly gated?: boolean;
   readonly out?: Virtual | undefined;
   readonly segments?: Segments | undefined;
 }
+
+interface Multiplied {
+  readonly matmul: Matmul;
+  readonly out: Virtual;
+}
+
+/** The outputs of layers as ranges of one tensor, by layer. */
+interface Segmented {
+  readonly tensor: Virtual | undefined;
+  readonly segments: Segments | undefined;
+  readonly ranges: ReadonlyMap<string, Virtual>;
+}
+
+const NOT_BUNDLED: Segmented = { tensor: undefined, segments: undefined, ranges: new Map() };
 
 /** Layers that share a down projection. */
 type Group = readonly [string, ...string[]];
@@ -111,51 +132,35 @@ export class Draft {
         if (firstReader(other) !== first) throw new Error(`${other} does not read what ${first} reads`);
     const ids = groups.flat();
     const whole = this.#options.weights.bundle(id);
-    const { tensor, segments, outs } = whole
-      ? this.#segmented(id, ids, m)
-      : { tensor: undefined, segments: undefined, outs: new Map<string, Virtual>() };
-    const steps = groups.flatMap(([first, ...others]) => {
-      const matmul = (one: string): Matmul => {
-        const { matmul, out } = this.#matmul(one, x, m, { segments, out: outs.get(one) });
-        outs.set(one, out);
-        return matmul;
-      };
-      return this.#stepsOf([matmul(first), ...others.map(matmul)], m);
-    });
-    if (!whole || !tensor) this.steps.push(...steps);
+    const { tensor, segments, ranges } = whole ? this.#segmented(id, ids, m) : NOT_BUNDLED;
+    const outs = new Map<string, Columns>();
+    const matmul = (one: string): Matmul => {
+      const { matmul, out } = this.#matmul(one, x, m, { segments, out: ranges.get(one) });
+      outs.set(one, { tensor: out, segments });
+      return matmul;
+    };
+    const apart = groups.flatMap(([first, ...others]) =>
+      this.#stepsOf([matmul(first), ...others.map(matmul)], m),
+    );
+    if (!whole) this.steps.push(...apart);
     else {
-      const { images } = this;
-      const { matrix, bias } = whole;
-      const shape = {
-        label: id,
-        images,
-        m,
-        channels: storedChannels(matrix.inFeatures),
-        n: matrix.outFeatures,
-      };
-      const args = { ...shape, rows: { kind: 'linear' } as const, x, out: tensor, segments, bias };
-      const { capabilities } = this.#options;
-      this.steps.push(bundleStep(matmulOf(matrix, args, capabilities), ids, steps, capabilities));
+      const together = this.#multiply(id, whole, x, m, { segments, out: tensor });
+      this.steps.push(bundleStep(together.matmul, ids, apart, this.#options.capabilities));
     }
-    return new Map([...outs].map(([one, out]) => [one, { tensor: out, ...(segments ? { segments } : {}) }]));
+    return outs;
   }
 
   /** One tensor for the outputs of layers, in segments, and its ranges. */
-  #segmented(
-    id: string,
-    ids: readonly string[],
-    m: number,
-  ): { readonly tensor: Virtual; readonly segments: Segments; readonly outs: Map<string, Virtual> } {
+  #segmented(id: string, ids: readonly string[], m: number): Segmented {
     const { capabilities, weights } = this.#options;
     const widths = ids.map((one) => weights.matrix(one).outFeatures);
     const { segments, ranges, sizeBytes } = segmentsOf(widths, this.images * m, this.storage, capabilities);
     const tensor = this.bytes(id, sizeBytes);
     const outs = ids.map((one, i) => {
-      const range = ranges[i]!;
-      const within = { tensor, offset: range.offset };
-      return [one, { ...this.bytes(one, range.sizeBytes), within }] as const;
+      const { offset, sizeBytes } = ranges[i]!;
+      return [one, { ...this.bytes(one, sizeBytes), within: { tensor, offset } }] as const;
     });
-    return { tensor, segments, outs: new Map(outs) };
+    return { tensor, segments, ranges: new Map(outs) };
   }
 
   #push(matmuls: readonly [Matmul, ...Matmul[]], rows: number): void {
@@ -168,61 +173,35 @@ export class Draft {
     return stepsOf(matmuls, capabilities, lora);
   }
 
-  #matmul(
-    id: string,
+  #matmul(id: string, x: Virtual, m: number, options: MatmulOptions = {}): Multiplied {
+    const { weights } = this.#options;
+    const layer = { matrix: weights.matrix(id), bias: weights.vector(`${id}.bias`) };
+    return this.#multiply(id, layer, x, m, options);
+  }
+
+  #multiply(
+    label: string,
+    { matrix, bias }: BundledLayers,
     x: Virtual,
     m: number,
-    { rows = { kind: 'linear' }, wide, out: given, ...epilogue }: MatmulOptions = {},
-  ): { readonly matmul: Matmul; readonly out: Virtual } {
-    const { capabilities, weights } = this.#options;
-    const matrix = weights.matrix(id);
+    { rows = { kind: 'linear' }, wide, out: given, ...epilogue }: MatmulOptions,
+  ): Multiplied {
+    const { images } = this;
+    const channels = storedChannels(matrix.inFeatures);
     const n = storedChannels(epilogue.gated ? matrix.outFeatures / 2 : matrix.outFeatures);
-    const out = given ?? this.tensor(id, this.images * m * n, wide);
-    const args = {
-      label: id,
-      images: this.images,
-      m,
-      channels: storedChannels(matrix.inFeatures),
-      n,
-      rows,
-      x,
-      out,
-      bias: weights.vector(`${id}.bias`),
-      ...epilogue,
-    };
-    return { matmul: matmulOf(matrix, args, capabilities), out };
+    const out = given ?? this.tensor(label, images * m * n, wide);
+    const args = { label, images, m, channels, n, rows, x, out, bias, ...epilogue };
+    return { matmul: matmulOf(matrix, args, this.#options.capabilities), out };
   }
 
   /** A 3x3 convolution to height x width; `scaleTo` is the size the convolution sees (nearest upsample) if not x's own. */
   conv3(
     id: string,
     x: Activation,
-    options: {
-      stride?: 1 | 2;
-      scaleTo?: readonly [number, number];
-      add?: Virtual | undefined;
-      addPerImage?: boolean;
-      addSegments?: Segments | undefined;
-      wide?: boolean;
-    } = {},
+    { stride, scaleTo, ...options }: ConvOptions & Omit<LayerOptions, 'rows'> = {},
   ): Activation {
-    const stride = options.stride ?? 1;
-    const [inHeight, inWidth] = options.scaleTo ?? [x.height, x.width];
-    const height = ceilDiv(inHeight, stride);
-    const width = ceilDiv(inWidth, stride);
-    const { height: srcHeight, width: srcWidth } = x;
-    const rows: Rows = {
-      kind: 'conv3',
-      srcHeight,
-      srcWidth,
-      inHeight,
-      inWidth,
-      outWidth: width,
-      stride,
-    };
-    const { add, addPerImage = false, addSegments, wide = false } = options;
-    const epilogue = { add, addPerImage, addSegments, wide };
-    const tensor = this.layer(id, x.tensor, height * width, { rows, ...epilogue });
+    const { rows, height, width } = convolved(x, stride, scaleTo);
+    const tensor = this.layer(id, x.tensor, height * width, { rows, ...options });
     const channels = storedChannels(this.#options.weights.matrix(id).outFeatures);
     return { tensor, channels, height, width };
   }
@@ -273,17 +252,14 @@ export class Draft {
 
   attention(
     id: string,
-    heads: number,
-    headDim: number,
-    queries: number,
-    keys: number,
+    shape: Pick<AttentionArgs, 'heads' | 'headDim' | 'queries' | 'keys'>,
     q: Virtual,
     k: Virtual,
     v: Virtual,
   ): Virtual {
-    const out = this.tensor(id, this.images * queries * heads * headDim);
     const { images, storage } = this;
-    const args = { label: id, images, heads, headDim, queries, keys, storage, q, k, v, out };
+    const out = this.tensor(id, images * shape.queries * shape.heads * shape.headDim);
+    const args = { label: id, images, storage, ...shape, q, k, v, out };
     this.always(attentionOf(args, this.#options.capabilities));
     return out;
   }
@@ -291,8 +267,7 @@ export class Draft {
   /** The values of a linear layer times the GELU of its gates: `m` rows of `x` -> [images, m, outFeatures / 2]. */
   geglu(id: string, x: Virtual, m: number): Virtual {
     const inner = this.#options.weights.matrix(id).outFeatures / 2;
-    const out = this.tensor(id, this.images * m * inner);
-    const { matmul } = this.#matmul(id, x, m, { gated: true, out });
+    const { matmul, out } = this.#matmul(id, x, m, { gated: true });
     // Values and gates must be bound together, each in whole panels.
     if (matmul.parts.length === 1 && inner % PANEL === 0) this.#push([matmul], m);
     else {

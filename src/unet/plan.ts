@@ -262,7 +262,7 @@ class UNetDrafter {
     const draft = this.#draft;
     const queries = tokensOf(residual);
     const [k, v] = [layers.get(`${id}.to_k`)!.tensor, layers.get(`${id}.to_v`)!.tensor];
-    const attended = draft.attention(id, heads, headDim, queries, keys, q, k, v);
+    const attended = draft.attention(id, { heads, headDim, queries, keys }, q, k, v);
     return draft.layer(`${id}.to_out.0`, attended, queries, { add: residual.tensor, wide: true });
   }
 }

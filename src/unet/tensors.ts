@@ -1,6 +1,9 @@
-/** What plans are drafted with: activations and layers' outputs as they lie, and where weights come from. Types and sizes only. */
-import { alignTo, type Operand, type Virtual } from '../gpu/kernel.ts';
-import type { Segments } from '../kernels/gemm.ts';
+/**
+ * What plans are drafted with: activations and layers' outputs as they lie, and where weights come from. Types and
+ * arithmetic.
+ */
+import { alignTo, ceilDiv, type Operand, type Virtual } from '../gpu/kernel.ts';
+import type { Rows, Segments } from '../kernels/gemm.ts';
 import type { Matrix } from './matmul.ts';
 
 /** Channels as stored: padded with zeros to a multiple of 8. */
@@ -23,7 +26,7 @@ export interface BundledLayers {
 /** The output of one layer of a bundle. */
 export interface Columns {
   readonly tensor: Virtual;
-  readonly segments?: Segments;
+  readonly segments: Segments | undefined;
 }
 
 /** Activations [images, height * width, channels], channels as stored. */
@@ -32,6 +35,19 @@ export interface Activation {
   readonly channels: number;
   readonly height: number;
   readonly width: number;
+}
+
+/** How a 3x3 convolution of padding 1 reads `x`, and the size of what it makes; `scaleTo` is the size that it sees. */
+export function convolved(
+  x: Activation,
+  stride: 1 | 2 = 1,
+  [inHeight, inWidth]: readonly [number, number] = [x.height, x.width],
+): { readonly rows: Rows; readonly height: number; readonly width: number } {
+  const height = ceilDiv(inHeight, stride);
+  const width = ceilDiv(inWidth, stride);
+  const { height: srcHeight, width: srcWidth } = x;
+  const rows = { kind: 'conv3', srcHeight, srcWidth, inHeight, inWidth, outWidth: width, stride } as const;
+  return { rows, height, width };
 }
 
 export const tokensOf = ({ height, width }: Activation): number => height * width;

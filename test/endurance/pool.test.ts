@@ -123,21 +123,33 @@ async function cycle(clients: readonly Client[], round: number): Promise<readonl
   return (await Promise.all(steps)).flat();
 }
 
+/** What `work` gives while `others` step without a LoRA, and their steps. */
+async function beside<T>(
+  others: readonly Client[],
+  work: () => Promise<T>,
+): Promise<readonly [T, readonly Step[]]> {
+  let isOver = false;
+  const around: Step[] = [];
+  const stepping = others.map(async (other) => {
+    while (!isOver) around.push(await forward(other));
+  });
+  const result = await work();
+  isOver = true;
+  await Promise.all(stepping);
+  return [result, around];
+}
+
 /** So many steps without a LoRA, beside those of `others`: what waits are like on this machine where nothing is loaded. */
 async function stepsBeside(
   client: Client,
   others: readonly Client[],
   count: number,
 ): Promise<readonly number[]> {
-  let isOver = false;
-  const around: Step[] = [];
-  const stepping = others.map(async (other) => {
-    while (!isOver) around.push(await forward(other));
+  const [own, around] = await beside(others, async () => {
+    const steps: Step[] = [];
+    while (steps.length < count) steps.push(await forward(client));
+    return steps;
   });
-  const own: Step[] = [];
-  while (own.length < count) own.push(await forward(client));
-  isOver = true;
-  await Promise.all(stepping);
   return stallsOf(own, around);
 }
 
@@ -169,17 +181,14 @@ async function singleLoads(
   others: readonly Client[],
   first: number,
 ): Promise<readonly number[]> {
-  let isOver = false;
-  const stepping = others.map(async (other) => {
-    while (!isOver) await forward(other);
+  const [loads] = await beside(others, async () => {
+    const times: number[] = [];
+    for (let i = first; i < LORAS; i += LORAS / 20) {
+      const [cold, warm] = [await forward(client, i), await forward(client, i)];
+      times.push(latency(cold) - latency(warm));
+    }
+    return times;
   });
-  const loads: number[] = [];
-  for (let i = first; i < LORAS; i += LORAS / 20) {
-    const [cold, warm] = [await forward(client, i), await forward(client, i)];
-    loads.push(latency(cold) - latency(warm));
-  }
-  isOver = true;
-  await Promise.all(stepping);
   return loads;
 }
 

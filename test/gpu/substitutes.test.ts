@@ -6,6 +6,7 @@ import type { Dispatch, Resident, Virtual } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
 import { partsOf, type Substitute, type Substitutes } from '../../src/gpu/substitutes.ts';
 import { layerNormOf } from '../../src/kernels/norm.ts';
+import { GUARANTEED } from './capabilities.ts';
 
 const device = await Device.open().catch((error: Error) => {
   console.log(`[substitutes] no device, all numbers are skipped: ${error.message}`);
@@ -51,14 +52,7 @@ const normOf = (gamma: Resident, beta: Resident): Dispatch =>
       beta,
       out: virtual(1, 'out'),
     },
-    {
-      subgroupSize: 0,
-      matrices: [],
-      software: true,
-      maxBindingBytes: 2 ** 27,
-      maxBufferBytes: 2 ** 28,
-      offsetAlignment: 256,
-    },
+    { ...GUARANTEED, software: true },
   );
 
 const standIn = (id: number): Substitute => ({ id, current: nowhere, ready: () => {} });

@@ -3,15 +3,8 @@
  * `lora_down` makes in the case itself. Tolerances follow the accumulation length (see case.ts).
  */
 import type { Operand, Storage } from '../../src/gpu/kernel.ts';
-import {
-  type GemmArgs,
-  gemm,
-  gemmOf,
-  loraDownOf,
-  PANEL,
-  type Rows,
-  type Segments,
-} from '../../src/kernels/gemm.ts';
+import { type GemmArgs, gemm, gemmOf, loraDownOf, type Rows, type Segments } from '../../src/kernels/gemm.ts';
+import { PANEL } from '../../src/kernels/panel.ts';
 import {
   type Built,
   type Case,

@@ -1,6 +1,7 @@
 /** LoRA stacks of a batch in the layout of shaders/gemm/lora_blocks.wgsl: table and pool. Test data, no GPU. */
 import type { Storage } from '../../src/gpu/kernel.ts';
-import { PANEL, RANK_BLOCK } from '../../src/kernels/gemm.ts';
+import { RANK_BLOCK } from '../../src/kernels/gemm.ts';
+import { PANEL } from '../../src/kernels/panel.ts';
 import { random, stored } from './case.ts';
 import { panelsOf } from './gemm_reference.ts';
 

@@ -4,19 +4,13 @@ import type { Capabilities, MatrixShape } from '../../src/gpu/kernel.ts';
 import { attention } from '../../src/kernels/attention.ts';
 import { gemm } from '../../src/kernels/gemm.ts';
 import { pick } from '../../src/kernels/pick.ts';
+import { GUARANTEED } from '../gpu/capabilities.ts';
 
 const adapter = (
   subgroupSize: number,
   software: boolean,
   matrices: readonly MatrixShape[],
-): Capabilities => ({
-  subgroupSize,
-  software,
-  matrices,
-  maxBindingBytes: 2 ** 27,
-  maxBufferBytes: 2 ** 28,
-  offsetAlignment: 256,
-});
+): Capabilities => ({ ...GUARANTEED, subgroupSize, software, matrices });
 
 const halves = (m: number, n: number, k: number): MatrixShape => ({ m, n, k, input: 'f16' });
 

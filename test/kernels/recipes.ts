@@ -1,17 +1,9 @@
 /** What the cases dispatch, without running it: dispatches over operands that lead nowhere, and the modules they need. */
-import type { Capabilities, Dispatch, Operand, Storage } from '../../src/gpu/kernel.ts';
+import type { Dispatch, Operand, Storage } from '../../src/gpu/kernel.ts';
 import { type Recipe, recipeKey, recipeOf } from '../../src/gpu/link.ts';
+import { GUARANTEED } from '../gpu/capabilities.ts';
 import type { Case } from './case.ts';
 import { CASES, variantsOf } from './cases.ts';
-
-const NOWHERE: Capabilities = {
-  subgroupSize: 0,
-  matrices: [],
-  software: false,
-  maxBindingBytes: 2 ** 27,
-  maxBufferBytes: 2 ** 28,
-  offsetAlignment: 256,
-};
 
 export function dispatchesOf(one: Case, storage: Storage, variant: string): readonly Dispatch[] {
   const built = one.build(storage);
@@ -19,7 +11,7 @@ export function dispatchesOf(one: Case, storage: Storage, variant: string): read
   const operands: Record<string, Operand> = Object.fromEntries(
     names.map((label, id) => [label, { kind: 'virtual', id, label, sizeBytes: 4 }]),
   );
-  return built.dispatches(operands, NOWHERE, variant);
+  return built.dispatches(operands, GUARANTEED, variant);
 }
 
 /** Every dispatch of every case in every variant. */

@@ -1,20 +1,13 @@
 /** What weights take on the GPU, by arithmetic. Needs no driver. */
 import { describe, expect, test } from 'vitest';
-import type { Capabilities } from '../../src/gpu/kernel.ts';
 import { leastPanels, panelBytes, panelsPerBinding } from '../../src/kernels/panel.ts';
 import { detectUNet } from '../../src/unet/detect.ts';
 import { partsOf } from '../../src/unet/layers.ts';
 import { isMatrix, placeOf, weightBytes } from '../../src/unet/packed.ts';
 import { shapesOf } from '../fixtures/shapes/load.ts';
+import { GUARANTEED } from '../gpu/capabilities.ts';
 
-const capabilities: Capabilities = {
-  subgroupSize: 0,
-  matrices: [],
-  software: false,
-  maxBindingBytes: 2 ** 27,
-  maxBufferBytes: 2 ** 31,
-  offsetAlignment: 256,
-};
+const capabilities = { ...GUARANTEED, maxBufferBytes: 2 ** 31 };
 
 describe('the weights of a full-size UNet', () => {
   test.each([

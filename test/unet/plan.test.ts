@@ -5,15 +5,13 @@
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { Arena } from '../../src/gpu/arena.ts';
 import { Device, Usage } from '../../src/gpu/device.ts';
-import type { Operand, Resident } from '../../src/gpu/kernel.ts';
+import type { Resident } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
 import { dispatchesOf } from '../../src/gpu/spec.ts';
-import { PANEL } from '../../src/kernels/gemm.ts';
 import { detectUNet } from '../../src/unet/detect.ts';
-import { bundlesOf, layersOf, partsOf } from '../../src/unet/layers.ts';
 import { planUNet, type UNetPlan } from '../../src/unet/plan.ts';
-import type { WeightSource } from '../../src/unet/tensors.ts';
 import { type Model, shapesOf } from '../fixtures/shapes/load.ts';
+import { standInWeights } from './stand-in.ts';
 
 /**
  * Model, latent size, and the most that a forward may take without LoRA: dispatches, MiB of arena. A device that has no
@@ -57,29 +55,7 @@ const standIn = (sizeBytes: number, current: () => GPUBuffer = () => read): Resi
 
 function planOf(model: Model, size: number, images: number): UNetPlan {
   const config = detectUNet(shapesOf(model));
-  const parts = new Map(partsOf(config).map((part) => [part.id, part]));
-  const bundles = bundlesOf(config, PANEL);
-  const slots = new Map(layersOf(config).map(({ id }, slot) => [id, slot]));
-  const weights: WeightSource = {
-    matrix: (id) => {
-      const { inFeatures, outFeatures, kernel } = parts.get(id)!;
-      const range = (_offset: number, sizeBytes: number): Operand => standIn(sizeBytes);
-      return { slot: slots.get(id)!, format: 'f16', inFeatures, outFeatures, kernel, range };
-    },
-    vector: (name) => {
-      const part = parts.get(name.replace(/\.(weight|bias)$/, ''))!;
-      if (name.endsWith('.bias') && !part.bias) return undefined;
-      return standIn(Math.ceil(part.outFeatures / 8) * 8 * 4);
-    },
-    bundle: (id) => {
-      const members = bundles.find((bundle) => bundle.id === id)!.parts;
-      const { inFeatures, kernel, bias } = members[0]!;
-      const outFeatures = members.reduce((sum, part) => sum + part.outFeatures, 0);
-      const range = (_offset: number, sizeBytes: number): Operand => standIn(sizeBytes);
-      const matrix = { slot: -1, format: 'f16' as const, inFeatures, outFeatures, kernel, range };
-      return { matrix, bias: bias ? standIn(outFeatures * 4) : undefined };
-    },
-  };
+  const weights = standInWeights(config, 'f16', device.capabilities, { matrix: standIn, vector: standIn });
   const shape = { images, height: size, width: size, contextTokens: 77, control: {} };
   const lora = (slot: number) => ({
     slot,
