@@ -16,8 +16,9 @@ import comfy.utils
 import folder_paths
 import torch
 from conftest import Server
+from lora_setting import KINDS, file_of, lora_file, with_lora
+from patcher_setting import sampled
 from safetensors.torch import save_file
-from test_patcher import KINDS, file_of, lora_file, sampled, with_lora
 from torch_server import SD1, local_model, names_and_shapes, random_weights
 
 from unetd import nodes

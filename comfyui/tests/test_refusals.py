@@ -14,7 +14,7 @@ import comfy.hooks
 import nodes
 import torch
 from comfy.patcher_extension import PatcherInjection
-from test_patcher import loaded, prompt, sampled
+from patcher_setting import loaded, prompt, sampled
 from torch_server import SD1, TorchServer, names_and_shapes, random_weights
 
 from unetd.refusals import CannotRunRemotely
