@@ -1,6 +1,6 @@
 /**
- * The dispatches of a forward as the engine plans them, for counting: their arithmetic, and the bytes that they cannot help
- * moving. No weights, no GPU.
+ * The dispatches of a forward as the engine plans them, for counting their arithmetic and the bytes that they cannot help
+ * moving, and for encoding them. No weights, no GPU.
  */
 import type { Capabilities, Dispatch, Resident, Storage } from '../src/gpu/kernel.ts';
 import { plainDispatchesOf } from '../src/gpu/spec.ts';
@@ -19,16 +19,18 @@ const unbound = (sizeBytes: number): Resident => ({
   sizeBytes,
 });
 
+/** `standIn`: what so many bytes of the weights are bound to. */
 export function drafted(
   config: UNetConfig,
   shape: UNetShape,
   storage: Storage = 'f16',
   capabilities: Capabilities = GUARANTEED,
+  standIn: (sizeBytes: number) => Resident = unbound,
 ): UNetPlan {
   // Norm parameters and biases, which are small, are not counted.
-  const operands = { matrix: unbound, vector: () => unbound(0) };
+  const operands = { matrix: standIn, vector: () => standIn(0) };
   const weights = standInWeights(config, storage, capabilities, operands);
-  const lora = (slot: number) => ({ slot, pool: unbound(0), table: unbound(0), t: unbound(0) });
+  const lora = (slot: number) => ({ slot, pool: standIn(0), table: standIn(0), t: standIn(0) });
   return planUNet(config, shape, { storage, capabilities, weights, lora });
 }
 

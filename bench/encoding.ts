@@ -1,47 +1,86 @@
 /**
- * Times what encoding a forward costs on the CPU, at the bindings themselves: from the start of a compute pass to its end, and
- * from there until the work is submitted. Knows no engine.
+ * What encoding a forward costs on the CPU. `encodingOf` encodes the plan that the engine runs, over weights that stand in, again
+ * and again without submitting it, so it tells the steady state of a server. `submitting` times the submits of real work.
  */
 import { globals } from 'webgpu';
+import { Arena } from '../src/gpu/arena.ts';
+import { type Device, Usage } from '../src/gpu/device.ts';
+import type { Capabilities, Resident, Storage } from '../src/gpu/kernel.ts';
+import { Plan } from '../src/gpu/plan.ts';
+import type { UNetConfig } from '../src/unet/config.ts';
+import type { UNetShape } from '../src/unet/plan.ts';
+import { drafted } from './draft.ts';
+import { median } from './measure.ts';
 
-export interface Encoding {
-  /** All passes together, `beginComputePass` to `end`. */
-  readonly encodeMs: number;
-  /** `finish` and `submit`, where the driver may record its own commands. */
-  readonly submitMs: number;
+/** Encodings that count, and before them those that V8 compiles and optimises the code in. */
+const ENCODES = 100;
+const WARM_UP = 50;
+/** More than the element of any binding; no bytes of it are ever read. */
+const STAND_IN_BYTES = 4096;
+
+/**
+ * Microseconds of processor time a dispatch, the median of many encodings: all calls from the start of the compute pass to its
+ * end. The process does nothing else meanwhile.
+ */
+export async function encodingOf(
+  device: Device,
+  config: UNetConfig,
+  shape: UNetShape,
+  storage: Storage,
+  capabilities: Capabilities,
+): Promise<number> {
+  const buffer = device.createBuffer('stand-in', STAND_IN_BYTES, Usage.STORAGE);
+  const standIn: Resident = {
+    ...{ kind: 'resident', label: 'stand-in', offset: 0, sizeBytes: 0 },
+    current: () => buffer,
+  };
+  const arena = new Arena(device, 'encoding');
+  const { spec } = drafted(config, shape, storage, capabilities, () => standIn);
+  const plan = await Plan.compile(device, arena, spec);
+  try {
+    await arena.ensure(plan.arenaBytes);
+    const times: number[] = [];
+    for (let i = -WARM_UP; i < ENCODES; i++) {
+      const encoder = device.gpu.createCommandEncoder();
+      const before = process.cpuUsage();
+      plan.encode(encoder);
+      const { user, system } = process.cpuUsage(before);
+      encoder.finish();
+      if (i >= 0) times.push(user + system);
+    }
+    // Validation errors of an encoding arrive with the next wait.
+    await device.settle(() => device.gpu.queue.onSubmittedWorkDone());
+    return median(times) / plan.dispatchCount;
+  } finally {
+    plan.close();
+    arena.close();
+    buffer.destroy();
+  }
 }
 
 interface Bindings {
   readonly GPUCommandEncoder: { readonly prototype: GPUCommandEncoder };
-  readonly GPUComputePassEncoder: { readonly prototype: GPUComputePassEncoder };
   readonly GPUQueue: { readonly prototype: GPUQueue };
 }
 
 const bindings = globals as unknown as Bindings;
 
-/** What `work` encodes until it settles, and what it gives. One at a time; passes must not overlap. */
-export async function encodingOf<T>(work: () => Promise<T>): Promise<readonly [Encoding, T]> {
+/**
+ * Milliseconds in `finish` and `submit`, where the driver may record its own commands, until `work` settles, and what it
+ * gives. Timed at the bindings themselves, so one at a time.
+ */
+export async function submitting<T>(work: () => Promise<T>): Promise<readonly [ms: number, result: T]> {
   const encoder = bindings.GPUCommandEncoder.prototype;
-  const pass = bindings.GPUComputePassEncoder.prototype;
   const queue = bindings.GPUQueue.prototype;
-  const { beginComputePass, finish } = encoder;
-  const { end } = pass;
+  const { finish } = encoder;
   const { submit } = queue;
-  let [encodeMs, submitMs, begun] = [0, 0, 0];
-  encoder.beginComputePass = function (this: GPUCommandEncoder, descriptor) {
-    begun = performance.now();
-    return beginComputePass.call(this, descriptor);
-  };
-  pass.end = function (this: GPUComputePassEncoder) {
-    end.call(this);
-    encodeMs += performance.now() - begun;
-  };
+  let ms = 0;
   const timed = <R>(call: () => R): R => {
-    const start = performance.now();
+    const begun = performance.now();
     try {
       return call();
     } finally {
-      submitMs += performance.now() - start;
+      ms += performance.now() - begun;
     }
   };
   encoder.finish = function (this: GPUCommandEncoder, descriptor) {
@@ -52,10 +91,9 @@ export async function encodingOf<T>(work: () => Promise<T>): Promise<readonly [E
   };
   try {
     const result = await work();
-    return [{ encodeMs, submitMs }, result];
+    return [ms, result];
   } finally {
-    Object.assign(encoder, { beginComputePass, finish });
-    Object.assign(pass, { end });
+    Object.assign(encoder, { finish });
     Object.assign(queue, { submit });
   }
 }

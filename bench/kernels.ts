@@ -13,7 +13,7 @@ import { groupNormCase } from '../test/kernels/group_norm.cases.ts';
 import { layerNormCase } from '../test/kernels/layer_norm.cases.ts';
 import { factsOf, writeResult } from './facts.ts';
 import { type Measured, measure } from './measure.ts';
-import { peaksOf, rateOf } from './peak.ts';
+import { peakOf, peaksOf, rateOf } from './peak.ts';
 
 export interface KernelBenchOptions {
   readonly json?: string | undefined;
@@ -109,14 +109,15 @@ export async function benchKernels(options: KernelBenchOptions): Promise<void> {
       const measured = await measure(device, one, storage, { variant: forced, budgetMs: 1500 });
       const rate = rateOf(by, measured, measured.ms);
       const coreRate = measured.coreMs && rateOf(by, measured, measured.coreMs);
-      const corePeak = peak[by].coreMs && rateOf(by, peak[by], peak[by].coreMs);
+      const most = peakOf(peak, by, storage);
+      const corePeak = most.coreMs && rateOf(by, most, most.coreMs);
       rows.push({
         ...measured,
         name: one.name,
         storage,
         rate,
         unit: by === 'flops' ? 'GFLOP/s' : 'GB/s',
-        share: rate / rateOf(by, peak[by], peak[by].ms),
+        share: rate / rateOf(by, most, most.ms),
         coreRate,
         coreShare: coreRate && corePeak && coreRate / corePeak,
       });

@@ -1,10 +1,12 @@
 /** The benchmark's command line: `npm run bench kernels -- [--filter RE] [--json FILE] ...`. Measures nothing itself. */
 import { Command, Option } from 'commander';
+import { benchDevice } from './device.ts';
 import { FULL_MODELS } from './full-size.ts';
 import { benchKernels } from './kernels.ts';
 import { benchLoad } from './load.ts';
 import { benchLora } from './lora.ts';
 import { benchPeers } from './peers.ts';
+import { benchProbe } from './probe.ts';
 import { report } from './report.ts';
 import { benchServer } from './server.ts';
 import { benchTransport } from './transport.ts';
@@ -34,6 +36,27 @@ program
   });
 
 program
+  .command('device')
+  .description('all that a new GPU is asked: facts, correctness, rates, kernels, whole steps beside PyTorch')
+  .option('--quick', 'small sizes and few rounds, to see on any adapter that it runs')
+  .option('--only <pattern>', 'only stages whose name matches this regular expression')
+  .option('--python <path>', 'an interpreter that has PyTorch and what ComfyUI imports')
+  .option('--minutes <count>', 'the longest that a stage may take', Number, 15)
+  .option('--json <file>', 'where to write everything', 'bench/results/device.json')
+  .option('--adapter <name>', 'part of the name of the adapter')
+  .action(({ only, ...options }) => benchDevice({ ...options, only: new RegExp(only ?? '') }));
+
+program
+  .command('probe')
+  .description(
+    'what the adapter is and does below any model: facts, rates of matrix units, cost of a dispatch',
+  )
+  .option('--quick', 'small sizes')
+  .option('--json <file>', 'also write the numbers there')
+  .option('--adapter <name>', 'part of the name of the adapter')
+  .action(benchProbe);
+
+program
   .command('unet')
   .description('forwards of a full-size UNet: time by kernel, dispatches, encoding, share of the peak')
   .addOption(new Option('--model <name>', 'which UNet').choices(models).default('sd15'))
@@ -41,6 +64,7 @@ program
   .option('--batch <images,...>', 'images of a forward', counts, [1, 2, 4])
   .option('--rounds <count>', 'how many forwards of each', Number, 5)
   .addOption(new Option('--storage <dtype>', 'how tensors are stored').choices(['f32', 'f16']).default('f16'))
+  .option('--tuning <file>', 'choices that `unetd tune` measured; by rules alone unless given')
   .option('--json <file>', 'also write the numbers there')
   .option('--adapter <name>', 'part of the name of the adapter')
   .action(async ({ size, batch, ...options }) => {
@@ -75,6 +99,12 @@ program
   .description('the same works by onnxruntime, PyTorch and ncnn on this machine, which it installs, and here')
   .option('--filter <pattern>', 'only works whose name matches this regular expression')
   .option('--peers <pattern>', 'only peers whose name matches this regular expression')
+  .option('--steps', 'instead: steps of two images for a GPU, SD 1.5 at 512x512 and SDXL at 1024x1024')
+  .option(
+    '--python <path>',
+    'an interpreter that has PyTorch and what ComfyUI imports; installed unless given',
+  )
+  .option('--tuning <file>', 'choices that `unetd tune` measured, for ours; by rules alone unless given')
   .option('--rounds <count>', 'how many times each runs', Number, 5)
   .option('--json <file>', 'also write the numbers there')
   .option('--adapter <name>', 'part of the name of the adapter; the peers take the first')

@@ -1,7 +1,12 @@
-/** What an adapter can do at most: its f32 multiply-add rate and its copy rate, as cases, and their measurement. No model. */
+/**
+ * What an adapter can do at most: its f32 multiply-add rate, its copy rate, and that of its matrix units; as cases, and their
+ * measurement. No model.
+ */
 import type { Device } from '../src/gpu/device.ts';
-import { defineKernel, type Kernel } from '../src/gpu/kernel.ts';
+import { type Capabilities, defineKernel, type Kernel, runsOn, type Storage } from '../src/gpu/kernel.ts';
+import { MATRIX_VARIANTS } from '../src/kernels/matrix.ts';
 import type { Case } from '../test/kernels/case.ts';
+import { matrixCase, matrixPeak } from './matrix-peak.ts';
 import { type Measured, measure } from './measure.ts';
 
 export const fma: Kernel = defineKernel({
@@ -74,21 +79,48 @@ export type Bound = 'flops' | 'bytes';
 export const rateOf = (by: Bound, measured: Pick<Measured, Bound>, ms: number): number =>
   measured[by] / ms / 1e6;
 
+/** `matrix`: of the fastest shape of matrix units that kernels use in f16 storage; undefined where they use none. */
+export type Peaks = Readonly<Record<Bound, Measured>> & { readonly matrix?: Measured | undefined };
+
+/** The peak that a kernel is held against. */
+export const peakOf = (peaks: Peaks, by: Bound, storage: Storage): Measured =>
+  by === 'flops' && storage === 'f16' ? (peaks.matrix ?? peaks.flops) : peaks[by];
+
+/** Variants for the matrix units that the adapter has. */
+export const matrixVariantsOf = (capabilities: Capabilities): readonly string[] =>
+  MATRIX_VARIANTS.filter((name) => runsOn(matrixPeak.variants[name]!, capabilities, 'f16'));
+
+/** Milliseconds of each measurement. */
+const BUDGET_MS = 400;
+
+export function matrixPeakOf(device: Device, variant: string): Promise<Measured> {
+  const one = device.capabilities.software ? matrixCase(variant, 64, 16) : matrixCase(variant, 8192, 512);
+  return measure(device, one, 'f16', { budgetMs: BUDGET_MS });
+}
+
 /** Prints them too. */
-export async function peaksOf(device: Device): Promise<Readonly<Record<Bound, Measured>>> {
+export async function peaksOf(device: Device): Promise<Peaks> {
   const { software } = device.capabilities;
-  const budgetMs = 400;
-  const peak = {
-    flops: await measure(device, software ? fmaCase(256, 512) : fmaCase(65535, 64), 'f32', { budgetMs }),
-    bytes: await measure(device, streamCase(software ? 8192 : 16384), 'f32', { budgetMs }),
-  };
-  for (const [by, name, unit] of [
-    ['flops', 'multiply-add peak', 'GFLOP/s'],
-    ['bytes', 'copy rate', 'GB/s'],
-  ] as const) {
-    const { ms, coreMs } = peak[by];
-    const core = coreMs ? ` (by processor time ${rateOf(by, peak[by], coreMs).toFixed(1)})` : '';
-    console.log(`${name}: ${rateOf(by, peak[by], ms).toFixed(1)}${core} ${unit}`);
+  const budgetMs = BUDGET_MS;
+  const flops = await measure(device, software ? fmaCase(256, 512) : fmaCase(65535, 64), 'f32', { budgetMs });
+  const bytes = await measure(device, streamCase(software ? 8192 : 16384), 'f32', { budgetMs });
+  let matrix: Measured | undefined;
+  // Software drivers only imitate such units, and no kernel uses them there.
+  for (const variant of software ? [] : matrixVariantsOf(device.capabilities)) {
+    const measured = await matrixPeakOf(device, variant);
+    if (!matrix || rateOf('flops', measured, measured.ms) > rateOf('flops', matrix, matrix.ms))
+      matrix = measured;
   }
-  return peak;
+  showPeak('multiply-add peak', 'flops', flops);
+  if (matrix) showPeak('peak of the matrix units', 'flops', matrix);
+  showPeak('copy rate', 'bytes', bytes);
+  return { flops, bytes, matrix };
+}
+
+function showPeak(name: string, by: Bound, measured: Measured): void {
+  const { ms, coreMs } = measured;
+  const core = coreMs ? ` (by processor time ${rateOf(by, measured, coreMs).toFixed(1)})` : '';
+  console.log(
+    `${name}: ${rateOf(by, measured, ms).toFixed(1)}${core} ${by === 'flops' ? 'GFLOP/s' : 'GB/s'}`,
+  );
 }

@@ -12,12 +12,17 @@ import { median } from './measure.ts';
 import { type Ratio, ratioOf } from './pairs.ts';
 import { Contender, type Run } from './peers/contender.ts';
 import { install, type Need, PYTHON, writeGraphs } from './peers/install.ts';
-import { jobOf, type Op, WORKS, type Work } from './peers/works.ts';
+import { jobOf, type Op, STEPS, WORKS, type Work } from './peers/works.ts';
 
 export interface PeersBenchOptions {
   readonly filter: RegExp;
   readonly peers: RegExp;
   readonly rounds: number;
+  /** Whole steps for a GPU instead of kernels and forwards of one image. */
+  readonly steps?: boolean | undefined;
+  readonly python?: string | undefined;
+  /** File of choices that `unetd tune` measured, for ours. */
+  readonly tuning?: string | undefined;
   readonly json?: string | undefined;
   readonly adapter?: string | undefined;
 }
@@ -34,27 +39,43 @@ interface Peer {
 
 const NODE = [process.execPath, '--import', 'tsx'] as const;
 
-const PEERS: readonly Peer[] = [
-  {
-    name: 'onnxruntime WebGPU',
-    command: [...NODE, 'bench/peers/onnxruntime.ts', 'webgpu'],
-    needs: ['npm', 'venv'],
-    graphs: true,
-  },
-  {
-    name: 'onnxruntime CPU',
-    command: [...NODE, 'bench/peers/onnxruntime.ts', 'cpu'],
-    needs: ['npm', 'venv'],
-    graphs: true,
-  },
-  { name: 'PyTorch CPU', command: [PYTHON, 'bench/peers/torch_cpu.py'], needs: ['reference'] },
-  {
-    name: 'ncnn Vulkan',
-    command: [PYTHON, 'bench/peers/ncnn_vulkan.py'],
-    needs: ['venv'],
-    ops: ['conv'],
-  },
-];
+/** `given`: an interpreter that has PyTorch and what ComfyUI imports, in the place of the one that is installed. */
+const peersOf = (given: string | undefined): readonly Peer[] => {
+  const torch = (name: string, device: 'cpu' | 'cuda', ...more: readonly string[]): Peer => ({
+    name,
+    command: [given ?? PYTHON, 'bench/peers/torch_peer.py', device, ...more],
+    needs: [...(given ? [] : (['reference'] as const)), ...(device === 'cuda' ? (['card'] as const) : [])],
+  });
+  return [
+    {
+      name: 'onnxruntime WebGPU',
+      command: [...NODE, 'bench/peers/onnxruntime.ts', 'webgpu'],
+      needs: ['npm', 'venv'],
+      graphs: true,
+    },
+    {
+      name: 'onnxruntime CPU',
+      command: [...NODE, 'bench/peers/onnxruntime.ts', 'cpu'],
+      needs: ['npm', 'venv'],
+      graphs: true,
+    },
+    torch('PyTorch CPU', 'cpu'),
+    torch('PyTorch CUDA', 'cuda'),
+    torch('PyTorch CUDA compiled', 'cuda', 'compiled'),
+    {
+      name: 'tinygrad WebGPU',
+      command: [PYTHON, 'bench/peers/tinygrad_webgpu.py'],
+      needs: ['venv'],
+      ops: ['gemm', 'conv', 'attention', 'group norm'],
+    },
+    {
+      name: 'ncnn Vulkan',
+      command: [PYTHON, 'bench/peers/ncnn_vulkan.py'],
+      needs: ['venv'],
+      ops: ['conv'],
+    },
+  ];
+};
 
 /** What threads of a contender may still spin for after a run. */
 const REST_MS = 100;
@@ -156,15 +177,20 @@ const storagesOf = ({ full }: Work): readonly string[] => (full ? ['f16'] : ['f1
 async function comparePeer(
   peer: Peer,
   works: readonly Work[],
-  { rounds, adapter }: PeersBenchOptions,
+  { rounds, adapter = '', tuning, python = PYTHON }: PeersBenchOptions,
   note: (rows: readonly Row[]) => void,
 ): Promise<void> {
+  const missing = install(peer.needs, python);
+  if (missing !== undefined) {
+    console.log(`${peer.name} is left out: ${missing}`);
+    return;
+  }
   const start = ({ name, command, graphs }: Pick<Peer, 'name' | 'command' | 'graphs'>): Side => ({
     ...{ name, graphs },
     contender: new Contender(command),
   });
   for (const work of works) {
-    const reason = install([...peer.needs, ...(work.full ? (['reference'] as const) : [])]);
+    const reason = peer.graphs && work.full ? install(['reference'], python) : undefined;
     if (reason !== undefined) {
       console.log(`${peer.name} is left out of ${work.name}: ${reason}`);
       continue;
@@ -172,7 +198,7 @@ async function comparePeer(
     const ours = storagesOf(work).map((storage) =>
       start({
         name: storage,
-        command: [...NODE, 'bench/peers/ours.ts', storage, ...(adapter ? [adapter] : [])],
+        command: [...NODE, 'bench/peers/ours.ts', storage, adapter, ...(tuning ? [tuning] : [])],
       }),
     );
     const theirs = start(peer);
@@ -196,10 +222,11 @@ export async function benchPeers(options: PeersBenchOptions): Promise<void> {
       `${'ratio'.padStart(9)}${''.padEnd(17)}${'processor'.padStart(10)}   difference`,
   );
   const rows: Row[] = [];
-  for (const peer of PEERS.filter(({ name }) => options.peers.test(name)))
+  const works = options.steps ? STEPS : WORKS;
+  for (const peer of peersOf(options.python).filter(({ name }) => options.peers.test(name)))
     await comparePeer(
       peer,
-      WORKS.filter(({ name, op }) => options.filter.test(name) && (peer.ops?.includes(op) ?? true)),
+      works.filter(({ name, op }) => options.filter.test(name) && (peer.ops?.includes(op) ?? true)),
       options,
       (fresh) => {
         for (const row of fresh) show(row);

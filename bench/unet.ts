@@ -4,15 +4,16 @@
  */
 import { cpus } from 'node:os';
 import { Engine } from '../src/engine/engine.ts';
+import { tunedChoices } from '../src/engine/tuning.ts';
 import { Device } from '../src/gpu/device.ts';
 import type { Capabilities, Storage } from '../src/gpu/kernel.ts';
 import type { Timing } from '../src/gpu/plan.ts';
 import { baseDispatches, drafted, familyOf, leastBytes } from './draft.ts';
-import { encodingOf } from './encoding.ts';
+import { encodingOf, submitting } from './encoding.ts';
 import { factsOf, writeResult } from './facts.ts';
 import { CONFIGS, FULL_MODELS, type FullModel, modelFile, shapeOf, stepOf } from './full-size.ts';
 import { driverCpuMs, type Measured, median, quantile } from './measure.ts';
-import { peaksOf, rateOf } from './peak.ts';
+import { peakOf, peaksOf, rateOf } from './peak.ts';
 
 export interface UNetBenchOptions {
   readonly model: FullModel;
@@ -20,6 +21,8 @@ export interface UNetBenchOptions {
   readonly batches: readonly number[];
   readonly storage: Storage;
   readonly rounds: number;
+  /** File of choices that `unetd tune` measured; by rules alone where left out. */
+  readonly tuning?: string | undefined;
   readonly json?: string | undefined;
   readonly adapter?: string | undefined;
 }
@@ -74,10 +77,12 @@ export interface UNetResult {
 }
 
 /** By processor time on a software adapter, as the forwards are. */
-async function measurePeaks(device: Device): Promise<Peaks> {
-  const { flops, bytes } = await peaksOf(device);
+async function measurePeaks(device: Device, { storage, tuning }: UNetBenchOptions): Promise<Peaks> {
+  const peaks = await peaksOf(device);
+  const [flops, bytes] = [peakOf(peaks, 'flops', storage), peaks.bytes];
   const msOf = ({ ms, coreMs }: Measured): number => coreMs ?? ms;
-  const { capabilities } = device;
+  // As the engine plans.
+  const capabilities = { ...device.capabilities, tuned: tunedChoices(device.adapter, tuning ?? false) };
   return { capabilities, flops: flops.flops / msOf(flops), bytes: bytes.bytes / msOf(bytes) };
 }
 
@@ -122,6 +127,7 @@ function familiesOf(
 
 async function measureForward(
   engine: Engine,
+  device: Device,
   options: UNetBenchOptions,
   [size, batch]: readonly [number, number],
   peaks: Peaks,
@@ -130,14 +136,14 @@ async function measureForward(
   const request = { model, requests: [stepOf(batch, size, model)] };
   // The first compiles and binds.
   await engine.forward(request);
-  const runs: { wall: number; gpu: number; core: number; encode: number; submit: number }[] = [];
+  const runs: { wall: number; gpu: number; core: number; submit: number }[] = [];
   for (let round = 0; round < rounds; round++) {
     const core = driverCpuMs();
     const begun = performance.now();
-    const [{ encodeMs, submitMs }, { gpuMs }] = await encodingOf(() => engine.forward(request));
+    const [submit, { gpuMs }] = await submitting(() => engine.forward(request));
     const wall = performance.now() - begun;
     const spent = core === undefined ? Number.NaN : (driverCpuMs() ?? Number.NaN) - core;
-    runs.push({ wall, gpu: gpuMs, core: spent / cpus().length, encode: encodeMs, submit: submitMs });
+    runs.push({ wall, gpu: gpuMs, core: spent / cpus().length, submit });
   }
   const of = (what: keyof (typeof runs)[number]): number => median(runs.map((run) => run[what]));
   const gpus = runs.map(({ gpu }) => gpu).sort((a, b) => a - b);
@@ -147,14 +153,14 @@ async function measureForward(
   const families = familiesOf(profiles, coreMs ?? of('gpu'), options, shapeOf(batch, size), peaks);
   const sum = (what: 'dispatches' | 'flops' | 'rooflineMs'): number =>
     families.reduce((total, family) => total + family[what], 0);
-  const dispatches = sum('dispatches');
   return {
-    ...{ model, size, batch, storage, coreMs, dispatches, families },
+    ...{ model, size, batch, storage, coreMs, families },
     wallMs: of('wall'),
     gpuMs: of('gpu'),
     spreadMs: quantile(gpus, 0.75) - quantile(gpus, 0.25),
     flops: sum('flops'),
-    encodeUs: (of('encode') * 1000) / dispatches,
+    dispatches: sum('dispatches'),
+    encodeUs: await encodingOf(device, CONFIGS[model], shapeOf(batch, size), storage, peaks.capabilities),
     submitMs: of('submit'),
     rooflineMs: sum('rooflineMs'),
   };
@@ -186,13 +192,12 @@ function show(row: Row, peaks: Peaks): void {
 }
 
 export async function benchUNet(options: UNetBenchOptions): Promise<void> {
-  const { model, sizes, batches, storage, adapter } = options;
+  const { model, sizes, batches, storage, tuning = false, adapter } = options;
   const device = await Device.open({ adapter });
   const facts = factsOf(device.adapter);
-  const peaks = await measurePeaks(device);
-  device.close();
+  const peaks = await measurePeaks(device, options);
   const rates = { flops: peaks.flops, bytes: peaks.bytes };
-  const engine = await Engine.create(adapter ? { adapter } : {});
+  const engine = await Engine.create({ tuning, ...(adapter ? { adapter } : {}) });
   const rows: Row[] = [];
   try {
     const file = modelFile(model);
@@ -202,12 +207,13 @@ export async function benchUNet(options: UNetBenchOptions): Promise<void> {
     console.log(`${file.path} loaded in ${(loadMs / 1000).toFixed(1)} s`);
     for (const size of sizes)
       for (const batch of batches) {
-        rows.push(await measureForward(engine, options, [size, batch], peaks));
+        rows.push(await measureForward(engine, device, options, [size, batch], peaks));
         show(rows.at(-1)!, peaks);
         // What has been measured stays, however long the rest takes.
         writeResult(options.json, 'unet', facts, { loadMs, rates, rows } satisfies UNetResult);
       }
   } finally {
     await engine.close();
+    device.close();
   }
 }

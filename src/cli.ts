@@ -1,10 +1,11 @@
 #!/usr/bin/env node
 /**
- * The command line: `unetd serve`, `top`, `devices` and `models`. Reads options, starts things, prints; every failure is one
+ * The command line: `unetd serve`, `tune`, `top`, `devices` and `models`. Reads options, starts things, prints; every failure is one
  * sentence on standard error and exit code 1.
  */
 import { Command, Option } from 'commander';
 import { EngineProcess } from './engine/process.ts';
+import { defaultTuningFile, readTunings } from './engine/tuning.ts';
 import { UnetdError } from './errors.ts';
 import { sizeText } from './format.ts';
 import { SafetensorsFile } from './safetensors.ts';
@@ -14,6 +15,7 @@ import { createLog, type Logger } from './server/log.ts';
 import { type RunningServer, serve, serverName } from './server/serve.ts';
 import { applyFile, count, modelsOption, type Settings, serveOptions, strangeVariables } from './settings.ts';
 import { type TopOptions, top } from './top.ts';
+import { type TuneFlags, tuneOptions } from './tune/options.ts';
 import { inspectUNet } from './unet/detect.ts';
 
 async function runServe(settings: Settings): Promise<void> {
@@ -32,6 +34,7 @@ async function runServe(settings: Settings): Promise<void> {
   const engine = await EngineProcess.start({
     engine: {
       maxBatch: settings.maxBatch,
+      tuning: tuningOf(settings, log),
       ...(settings.adapter === undefined ? {} : { adapter: settings.adapter }),
       ...(settings.memoryBudget === undefined ? {} : { memoryBudgetBytes: settings.memoryBudget }),
     },
@@ -66,8 +69,23 @@ async function runServe(settings: Settings): Promise<void> {
     throw error;
   }
   endOnSignal(server, engine, log);
-  log.info({ device: engine.device.name, backend: engine.device.backend, url: server.url }, serverName());
+  const { name: device, backend, tuned } = engine.device;
+  log.info({ device, backend, ...(tuned ? { tuned } : {}), url: server.url }, serverName());
   process.stdout.write(`unetd listening on ${server.url}\n`);
+}
+
+/** The file of measured choices, unless it is of no use. */
+function tuningOf({ tuning }: Settings, log: Logger): string | false {
+  const path = tuning ?? defaultTuningFile();
+  try {
+    const tunings = readTunings(path);
+    if (tunings === undefined && tuning !== undefined)
+      log.warn({ path }, 'the file of --tuning cannot be read');
+    return tunings === undefined ? false : path;
+  } catch (error) {
+    log.warn(`${UnetdError.from(error).message}; kernels are chosen by rules`);
+    return false;
+  }
 }
 
 /** The first signal drains, the second ends at once. */
@@ -149,6 +167,18 @@ function addServe(root: Command): void {
     .action(runServe);
 }
 
+function addTune(root: Command): void {
+  const command = root
+    .command('tune')
+    .description('measure which kernels are the fastest on this GPU, for servers to use');
+  for (const option of tuneOptions()) command.addOption(option);
+  command.action(async (flags: TuneFlags) => {
+    // Loads the native WebGPU bindings, as `runDevices` does.
+    const { runTune } = await import('./tune/command.ts');
+    await runTune(flags);
+  });
+}
+
 function addTop(root: Command): void {
   root
     .command('top')
@@ -172,6 +202,7 @@ function program(): Command {
     .version(version)
     .showHelpAfterError('(--help shows all options)');
   addServe(root);
+  addTune(root);
   addTop(root);
   root.command('devices').description('list the GPU adapters').action(runDevices);
   root

@@ -29,6 +29,7 @@ export interface Settings {
   readonly allowHost?: readonly string[];
   readonly allowOrigin?: readonly string[];
   readonly adapter?: string;
+  readonly tuning?: string;
   readonly drainSeconds: number;
   /** 0 for what suits the adapter. */
   readonly hangSeconds: number;
@@ -107,6 +108,7 @@ export function serveOptions(): readonly Option[] {
     listOption('--allow-host <name...>', ',', 'further name clients may use for this server'),
     listOption('--allow-origin <origin...>', ',', 'web page that may connect'),
     new Option('--adapter <name>', 'part of the name of the GPU to use'),
+    new Option('--tuning <file>', 'what "unetd tune" measured; in the user\'s cache unless told'),
     numbers(
       '--drain-seconds <seconds>',
       'how long an ending server works on open requests',

@@ -73,9 +73,9 @@ export class Contender {
 
 /** A loaded work. */
 export interface Loaded {
-  /** Once; gives the result. */
-  readonly run: () => Promise<Float32Array>;
-  /** The result of one application where `run` repeats it; also warms up. */
+  /** Once, until the result lies in memory, as it is stored. */
+  readonly run: () => Promise<unknown>;
+  /** In f32: the result of one application where `run` repeats it; also warms up. */
   readonly result: () => Promise<Float32Array>;
   readonly close: () => Promise<void>;
 }

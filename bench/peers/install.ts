@@ -2,7 +2,7 @@
  * Installs the peers under `.cache/bench/peers`, and writes their ONNX graphs. Nothing of it is a dependency of the package;
  * what cannot be had is said, and left out. Measures nothing.
  */
-import { execFileSync } from 'node:child_process';
+import { execFileSync, spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { ROOT } from '../../test/launch.ts';
 import { modelFile } from '../full-size.ts';
@@ -15,7 +15,7 @@ const REFERENCE = `${ROOT}.cache/reference-env/venv`;
 export const PYTHON: string = `${VENV}/bin/python`;
 
 const ONNXRUNTIME = 'onnxruntime-node@1.30.0';
-const PACKAGES = ['numpy', 'onnx==1.23.2', 'ncnn==1.0.20261020'];
+const PACKAGES = ['numpy', 'onnx==1.23.2', 'ncnn==1.0.20261020', 'tinygrad==0.14.0', 'dawn-python==0.3.0'];
 
 function call(program: string, ...args: readonly string[]): void {
   execFileSync(program, args, { cwd: ROOT, stdio: ['ignore', 'ignore', 'inherit'] });
@@ -48,19 +48,30 @@ function installReference(): void {
   writeFileSync(`${pythonFolder(VENV)}/reference.pth`, `${pythonFolder(REFERENCE)}\n`);
 }
 
-export type Need = 'npm' | 'venv' | 'reference';
-const STEPS: Readonly<Record<Need, () => void>> = {
+function findCard(python: string): void {
+  const check = 'import torch; assert torch.cuda.is_available(), "PyTorch finds no card with CUDA"';
+  const { status, stderr, error } = spawnSync(python, ['-c', check], { encoding: 'utf8' });
+  if (status !== 0) throw error ?? new Error(stderr.trim().split('\n').at(-1));
+}
+
+export type Need = 'npm' | 'venv' | 'reference' | 'card';
+const STEPS: Readonly<Record<Need, (python: string) => void>> = {
   npm: installNpm,
   venv: installVenv,
   reference: installReference,
+  card: findCard,
 };
 
 const done = new Map<Need, string | undefined>();
 
-/** Installs what is needed, each at most once. Gives the reason why something cannot be had. */
-export function install(needs: readonly Need[]): string | undefined {
+/** Installs what is needed, each at most once. Gives the reason why something cannot be had. `python`: that of the peer. */
+export function install(needs: readonly Need[], python: string): string | undefined {
   for (const need of needs) {
-    if (!done.has(need)) done.set(need, failure(STEPS[need]));
+    if (!done.has(need))
+      done.set(
+        need,
+        failure(() => STEPS[need](python)),
+      );
     const reason = done.get(need);
     if (reason !== undefined) return reason;
   }

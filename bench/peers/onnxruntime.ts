@@ -41,12 +41,16 @@ async function open(path: string, data: string): Promise<Loaded> {
       return [name, new ort.Tensor(type, type === 'float16' ? halves() : values, shape)];
     }),
   );
-  const run = async (): Promise<Float32Array> => {
-    const { type, data: values } = (await session.run(feeds))[session.outputNames[0]!]!;
-    if (type !== 'float16') return values as Float32Array;
-    return toF32('F16', new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+  const run = async (): Promise<OrtTensor> => (await session.run(feeds))[session.outputNames[0]!]!;
+  return {
+    run,
+    result: async () => {
+      const { type, data: values } = await run();
+      if (type !== 'float16') return values as Float32Array;
+      return toF32('F16', new Uint8Array(values.buffer, values.byteOffset, values.byteLength));
+    },
+    close: () => session.release(),
   };
-  return { run, result: run, close: () => session.release() };
 }
 
 async function load({ onnx, onnxOnce, data }: Job): Promise<Loaded> {
@@ -57,7 +61,7 @@ async function load({ onnx, onnxOnce, data }: Job): Promise<Loaded> {
     result: async () => {
       await loaded.run();
       const once = await open(onnxOnce, data);
-      const out = await once.run();
+      const out = await once.result();
       await once.close();
       return out;
     },

@@ -39,6 +39,7 @@ export interface Job {
 interface Full {
   readonly model: FullModel;
   readonly size: number;
+  readonly images: number;
 }
 
 interface Tensor {
@@ -136,12 +137,13 @@ function groupNormWork(channels: number, side: number): Work {
   };
 }
 
-function unetWork(model: FullModel, size: number): Work {
+function unetWork(model: FullModel, size: number, images = 1): Work {
+  const name = `${model} ${size}x${size}${images > 1 ? `, ${images} images` : ''}`;
   return {
-    ...{ name: `${model} ${size}x${size}`, op: 'unet', repeats: 1, heads: 0, full: { model, size } },
-    flops: 2 * arithmeticOf(size, model).base,
+    ...{ name, op: 'unet', repeats: 1, heads: 0, full: { model, size, images } },
+    flops: 2 * images * arithmeticOf(size, model).base,
     tensors: () => {
-      const { loras: _, control: __, ...tensors } = stepOf(1, size, model);
+      const { loras: _, control: __, ...tensors } = stepOf(images, size, model);
       return Object.fromEntries(
         Object.entries(tensors).map(([name, { dtype, shape, data }]) => [
           name,
@@ -165,6 +167,9 @@ export const WORKS: readonly Work[] = [
   unetWork('sd15', 32),
   unetWork('sdxl', 32),
 ];
+
+/** Steps with classifier-free guidance: SD 1.5 at 512x512, SDXL at 1024x1024. Work for a GPU. */
+export const STEPS: readonly Work[] = [unetWork('sd15', 64, 2), unetWork('sdxl', 128, 2)];
 
 function writeTensors(path: string, tensors: Readonly<Record<string, Tensor>>): void {
   const views = Object.entries(tensors).map(([name, { shape, values }]) => ({

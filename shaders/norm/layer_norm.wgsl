@@ -2,7 +2,7 @@
 // For any GPU: LANES invocations share a row and reduce through workgroup memory. Two passes over the row, so nothing
 // cancels.
 
-const LANES = 16u;
+const LANES = 64u / ROWS;
 
 var<workgroup> partial: array<f32, 64>;
 
@@ -20,7 +20,7 @@ fn reduce(index: u32, value: f32) -> f32 {
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32) {
-  let row = group.x * (64u / LANES) + index / LANES;
+  let row = group.x * ROWS + index / LANES;
   let base = ((p.image0 + group.y) * p.rows + min(row, p.rows - 1u)) * p.quads;
   let lane = index % LANES;
   var sum = vec4f(0.0);

@@ -1,9 +1,7 @@
 // out[r, c] = (x[r, c] - mean_r) / sqrt(var_r + eps) * gamma[c] + beta[c] over the rows r of each image (biased variance).
 // For drivers whose subgroups have 8 lanes (software). A subgroup owns ROWS rows, lane l their quads l, l + 8, ...: it
 // reads every row twice and gamma and beta once, in f32 throughout.
-// Precondition: subgroups of 8 lanes.
-
-const ROWS = 4u;
+// Preconditions: subgroups of 8 lanes, ROWS = 4.
 
 @compute @workgroup_size(8)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {

@@ -1,13 +1,14 @@
 /**
- * The engine in this process: owns the device and the loaded models, runs one forward at a time. No sockets, no queue; the
+ * The engine in this process: owns the device and the loaded models, runs forwards one after another. No sockets, no queue; the
  * server runs it in a process of its own (`process.ts`), a library user may create one directly.
  */
 import { totalmem } from 'node:os';
 import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { Device } from '../gpu/device.ts';
-import type { Storage } from '../gpu/kernel.ts';
+import type { Choices, Decision, Storage } from '../gpu/kernel.ts';
 import type { Timing } from '../gpu/plan.ts';
+import { Readback } from '../gpu/readback.ts';
 import { Stopwatch } from '../gpu/stopwatch.ts';
 import { storageOf } from '../kernels/panel.ts';
 import { PatchWork } from '../lora/work.ts';
@@ -21,6 +22,8 @@ import { checkBatch, checkStep, imagesOf } from './check.ts';
 import { type Held, HeldModels } from './held.ts';
 import { inspectModel } from './inspect.ts';
 import { LoadedModel } from './model.ts';
+import { type TunedFor, tunedChoices, tunedFor } from './tuning.ts';
+import { Turns } from './turns.ts';
 import {
   type AdapterInfo,
   type Batch,
@@ -55,15 +58,16 @@ export class Engine implements EngineApi {
   readonly #scratch: Arena;
   readonly #work: PatchWork;
   readonly #stopwatch: Stopwatch | undefined;
+  readonly #readback: Readback;
   readonly #options: EngineOptions;
+  readonly #choices: Choices;
   readonly #budget: Budget;
   readonly #models = new HeldModels();
   readonly #turnover = { modelLoads: 0, modelEvictions: 0, adapterLoads: 0, adapterEvictions: 0 };
   #forwards = 0;
   #images = 0;
   #gpuMs = 0;
-  /** The forward in progress; the next one starts behind it. */
-  #turn: Promise<unknown> = Promise.resolve();
+  readonly #turns = new Turns();
   /** The load in progress; models are loaded one after another. */
   #loading: Promise<unknown> = Promise.resolve();
 
@@ -71,11 +75,14 @@ export class Engine implements EngineApi {
     this.#device = device;
     this.#options = options;
     const { name, backend, features } = device.adapter;
-    this.device = { name, backend, features };
+    this.#choices = tunedChoices(device.adapter, options.tuning);
+    const tuned = this.#choices.size;
+    this.device = { name, backend, features, ...(tuned > 0 ? { tuned } : {}) };
     this.#arena = new Arena(device, 'arena');
     this.#scratch = new Arena(device, 'lora scratch');
     this.#work = new PatchWork(device);
     this.#stopwatch = Stopwatch.of(device);
+    this.#readback = new Readback(device);
     const most = device.capabilities.software ? totalmem() * SOFTWARE_SHARE : Number.MAX_SAFE_INTEGER;
     this.#budget = new Budget({
       limitBytes: options.memoryBudgetBytes ?? Math.floor(most),
@@ -104,8 +111,8 @@ export class Engine implements EngineApi {
   async unloadModel(model: string): Promise<void> {
     const { model: loaded } = this.#models.get(model);
     this.#models.remove(model);
-    // A forward that runs keeps its buffers until it is done.
-    await this.#turn.catch(() => {});
+    // Forwards on their way keep its buffers until they are done.
+    await this.#turns.done();
     loaded.close();
   }
 
@@ -129,17 +136,38 @@ export class Engine implements EngineApi {
   }
 
   forward(batch: Batch): Promise<BatchResult> {
-    return this.#using(batch.model, () => this.#inTurn(() => this.#forward(batch)));
+    return this.#using(batch.model, () => this.#turns.take((submitted) => this.#forward(batch, submitted)));
   }
 
   /** Timestamps of each dispatch of one forward of the batch. */
   profile(batch: Batch): Promise<readonly Timing[]> {
     return this.#using(batch.model, () =>
-      this.#inTurn(() => {
+      this.#turns.take(() => {
         const { model, requests, config, loras } = this.#prepare(batch);
         return model.profile(shapeOf(requests), feedsOf(config, model.storage, requests), loras);
       }),
     );
+  }
+
+  /** What the kernels of a forward of the batch are chosen among. */
+  decisions(batch: Batch): Promise<readonly Decision[]> {
+    return this.#using(batch.model, () =>
+      this.#turns.take(() => {
+        const { model, requests } = this.#prepare(batch);
+        return model.decisions(shapeOf(requests));
+      }),
+    );
+  }
+
+  /** What choices that are measured with this engine hold for. */
+  get tunedFor(): TunedFor {
+    return tunedFor(this.#device.adapter);
+  }
+
+  /** Runs a loaded model with these choices from now on, in place of what is known of the device. */
+  async choose(model: string, choices: Choices): Promise<void> {
+    await this.#turns.done();
+    this.#models.get(model).model.choose(choices);
   }
 
   async stats(): Promise<EngineStats> {
@@ -161,12 +189,13 @@ export class Engine implements EngineApi {
   }
 
   async close(): Promise<void> {
-    await this.#turn.catch(() => {});
+    await this.#turns.done();
     this.#models.close();
     this.#arena.close();
     this.#scratch.close();
     this.#work.close();
     this.#stopwatch?.close();
+    this.#readback.close();
     this.#device.close();
   }
 
@@ -219,7 +248,9 @@ export class Engine implements EngineApi {
       work: this.#work,
       budget: this.#budget,
       stopwatch: this.#stopwatch,
+      readback: this.#readback,
       turnover: this.#turnover,
+      choices: this.#choices,
     };
     return new LoadedModel(shared, config, storage, weights, this.#poolBytes);
   }
@@ -241,13 +272,7 @@ export class Engine implements EngineApi {
     }
   }
 
-  #inTurn<T>(work: () => Promise<T>): Promise<T> {
-    const result = this.#turn.then(work);
-    this.#turn = result.catch(() => {});
-    return result;
-  }
-
-  async #forward(batch: Batch): Promise<BatchResult> {
+  async #forward(batch: Batch, submitted: () => void): Promise<BatchResult> {
     const { model, requests, config, loras } = this.#prepare(batch);
     const shape = shapeOf(requests);
     const most = this.#options.maxBatch ?? Number.POSITIVE_INFINITY;
@@ -257,7 +282,12 @@ export class Engine implements EngineApi {
         `The batch holds ${shape.images} images, this engine takes at most ${most}; send fewer per request`,
         { images: shape.images, limit: most },
       );
-    const { out, gpuMs } = await model.forward(shape, feedsOf(config, model.storage, requests), loras);
+    const { out, gpuMs } = await model.forward(
+      shape,
+      feedsOf(config, model.storage, requests),
+      loras,
+      submitted,
+    );
     this.#forwards += 1;
     this.#images += shape.images;
     this.#gpuMs += gpuMs;

@@ -4,9 +4,11 @@
  */
 import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
-import { type Device, Usage } from '../gpu/device.ts';
-import { ceilDiv, type Storage } from '../gpu/kernel.ts';
+import type { Device } from '../gpu/device.ts';
+import { type Choices, ceilDiv, type Decision, type Storage } from '../gpu/kernel.ts';
 import { Plan, type Run, type Timing } from '../gpu/plan.ts';
+import type { Readback } from '../gpu/readback.ts';
+import { dispatchesOf } from '../gpu/spec.ts';
 import { elapsedMs, STOPWATCH_BYTES, type Stopwatch } from '../gpu/stopwatch.ts';
 import type { LoraOperands } from '../kernels/gemm.ts';
 import { PatchedWeights, type Patching } from '../lora/patched.ts';
@@ -28,7 +30,7 @@ const MAX_PLANS = 16;
 /** Most adapters change few of the layers, and so few of the pages: more of them make the whole budget of use. */
 const PAGES_PER_BINDING = 4;
 
-/** Buffers that all models of a device share, since forwards run one after another. */
+/** What all models of a device share, since forwards run one after another on the GPU. */
 export interface Shared {
   readonly device: Device;
   readonly arena: Arena;
@@ -36,17 +38,18 @@ export interface Shared {
   readonly scratch: Arena;
   /** What weights are patched in. */
   readonly work: PatchWork;
+  readonly readback: Readback;
   readonly budget: Budget;
   /** Undefined where the adapter has no timestamps. */
   readonly stopwatch: Stopwatch | undefined;
   readonly turnover: AdapterTurnover;
+  /** Measured on the device. */
+  readonly choices: Choices;
 }
 
 interface ReadyPlan {
   readonly unet: UNetPlan;
   readonly plan: Plan;
-  /** The result, and the stopwatch behind it. */
-  readonly staging: GPUBuffer;
 }
 
 /** How the stacks of a batch are applied: by low-rank terms, and by weights that are patched. */
@@ -72,6 +75,7 @@ export class LoadedModel {
   readonly #patched: PatchedWeights;
   readonly #table: Arena;
   readonly #plans = new Map<string, ReadyPlan>();
+  #choices: Choices;
 
   /**
    * `poolBytes` bounds the adapters, and what is kept of patched weights as well; the pool is cut into so many pages that the
@@ -82,6 +86,7 @@ export class LoadedModel {
     this.storage = storage;
     this.weights = weights;
     this.#shared = shared;
+    this.#choices = shared.choices;
     this.#layers = layersOf(config);
     const least = ceilDiv(poolBytes, shared.device.capabilities.maxBindingBytes);
     const pages = Math.max(1, Math.min(this.#layers.length, least * PAGES_PER_BINDING));
@@ -114,42 +119,51 @@ export class LoadedModel {
   }
 
   /**
-   * Runs one forward; the caller lets no two run at once. `feeds` as `batch.ts` names them, `loras` one stack per image.
+   * Runs one forward. `feeds` as `batch.ts` names them, `loras` one stack per image. `submitted` is called when its work lies in the
+   * queue of the GPU: only then may the caller call this again, and what is written then takes effect behind that work.
    * ERR_UNKNOWN_LORA, ERR_OUT_OF_MEMORY, ERR_TOO_LARGE, ERR_GPU, ERR_DEVICE_LOST.
    */
   async forward(
     shape: UNetShape,
     feeds: ReadonlyMap<string, Uint8Array>,
     loras: readonly (readonly LoraUse[])[],
+    submitted: () => void,
   ): Promise<ForwardResult> {
     const ready = await this.#ready(shape);
     const lease = await this.adapters.use(loras.flat().map(({ lora }) => lora));
     try {
       const applied = await this.#prepare(ready, feeds, stacksOf(loras, lease));
-      return await this.#run(ready, applied, lease.release);
+      return await this.#run(ready, applied, () => {
+        lease.release();
+        submitted();
+      });
     } finally {
       lease.release();
     }
   }
 
   async #run(ready: ReadyPlan, applied: Applied, submitted: () => void): Promise<ForwardResult> {
-    const { device, arena, stopwatch } = this.#shared;
-    const { plan, unet, staging } = ready;
+    const { device, arena, stopwatch, readback } = this.#shared;
+    const { plan, unet } = ready;
     const { sizeBytes } = unet.out;
-    const started = performance.now();
-    try {
-      const encoder = device.gpu.createCommandEncoder();
-      plan.encode(encoder, runOf(applied), stopwatch?.writes);
-      encoder.copyBufferToBuffer(arena.buffer, plan.offsetOf(unet.out), staging, 0, sizeBytes);
-      stopwatch?.stop(encoder, staging, sizeBytes);
-      device.gpu.queue.submit([encoder.finish()]);
-      applied.patching?.close(true);
-    } finally {
-      applied.patching?.close(false);
-    }
+    const staging = readback.take(sizeBytes + STOPWATCH_BYTES);
+    // In error scopes of its own: while two are on their way, what is reported outside is the error of either.
+    const submitting = device.guarded('The forward', () => {
+      try {
+        const encoder = device.gpu.createCommandEncoder();
+        plan.encode(encoder, runOf(applied), stopwatch?.writes);
+        encoder.copyBufferToBuffer(arena.buffer, plan.offsetOf(unet.out), staging, 0, sizeBytes);
+        stopwatch?.stop(encoder, staging, sizeBytes);
+        device.gpu.queue.submit([encoder.finish()]);
+        applied.patching?.close(true);
+      } finally {
+        applied.patching?.close(false);
+      }
+    });
     submitted();
-    const bytes = await device.readMapped(staging, sizeBytes + STOPWATCH_BYTES);
-    const gpuMs = stopwatch ? elapsedMs(bytes.subarray(sizeBytes)) : performance.now() - started;
+    const reading = readback.read(staging, sizeBytes + STOPWATCH_BYTES);
+    const [{ bytes, waitedMs }] = await Promise.all([reading, submitting]);
+    const gpuMs = stopwatch ? elapsedMs(bytes.subarray(sizeBytes)) : waitedMs;
     return { out: bytes.subarray(0, sizeBytes), gpuMs };
   }
 
@@ -173,9 +187,25 @@ export class LoadedModel {
     }
   }
 
-  close(): void {
-    for (const ready of this.#plans.values()) closePlan(ready);
+  /** What the plan of a shape had to choose, dispatch by dispatch. */
+  async decisions(shape: UNetShape): Promise<readonly Decision[]> {
+    const { unet } = await this.#ready(shape);
+    return unet.spec.steps.flatMap(dispatchesOf).flatMap(({ decision }) => decision ?? []);
+  }
+
+  /** From now on plans are made with these choices. No forward may be on its way. */
+  choose(choices: Choices): void {
+    this.#closePlans();
+    this.#choices = choices;
+  }
+
+  #closePlans(): void {
+    for (const { plan } of this.#plans.values()) plan.close();
     this.#plans.clear();
+  }
+
+  close(): void {
+    this.#closePlans();
     this.adapters.close();
     this.#pool.close();
     this.#patched.close();
@@ -190,10 +220,10 @@ export class LoadedModel {
       this.#plans.delete(key);
     } else {
       ready = await this.#compile(shape);
-      for (const [oldest, plan] of this.#plans) {
+      for (const [oldest, { plan }] of this.#plans) {
         if (this.#plans.size < MAX_PLANS) break;
         this.#plans.delete(oldest);
-        closePlan(plan);
+        plan.close();
       }
     }
     this.#plans.set(key, ready);
@@ -221,14 +251,11 @@ export class LoadedModel {
     const lora = (slot: number): LoraOperands => ({ slot, pool: this.#pool.operand(slot), table, t });
     const unet = planUNet(this.config, shape, {
       storage: this.storage,
-      capabilities: device.capabilities,
+      capabilities: { ...device.capabilities, tuned: this.#choices },
       weights: this.weights,
       lora,
     });
-    const plan = await Plan.compile(device, arena, unet.spec);
-    const stagingBytes = unet.out.sizeBytes + STOPWATCH_BYTES;
-    const staging = device.createBuffer('result', stagingBytes, Usage.MAP_READ | Usage.COPY_DST);
-    return { unet, plan, staging };
+    return { unet, plan: await Plan.compile(device, arena, unet.spec) };
   }
 
   /** Uploads feeds and the LoRA table, and finds what the images bind in the place of patched weights. */
@@ -279,8 +306,3 @@ const runOf = ({ table, patching }: Applied): Run => ({
   blocks: (slot) => table?.blocks.get(slot) ?? 0,
   substitutes: patching?.substitutes,
 });
-
-function closePlan({ plan, staging }: ReadyPlan): void {
-  plan.close();
-  staging.destroy();
-}

@@ -36,8 +36,10 @@ interface Call {
   readonly progress: Progress | undefined;
   readonly resolve: (value: unknown) => void;
   readonly reject: (error: UnetdError) => void;
-  /** How often it has been sent to a process. */
-  attempts: number;
+  /** Processes that ended over it, for a forward those that ran no other. */
+  ends: number;
+  /** A forward that a process had when it ended: it is run again alone, so that one learns whether it was this one. */
+  isSuspect: boolean;
 }
 
 const BACKOFF_MS = 250;
@@ -59,10 +61,12 @@ export class EngineProcess implements EngineApi, EngineHealth {
   /** Why no process could be started the last time, and when that is tried again. */
   #outage: { readonly reason: string; readonly until: number } | null = null;
   #lastStats: EngineStats | null = null;
-  /** Calls that wait for a process that answers. */
+  /** Calls that wait for a process that answers, or until they may run alone. */
   readonly #waiting: Call[] = [];
   readonly #inFlight = new Set<Call>();
   readonly #inventory = new Inventory();
+  /** When the last forward was answered: one that waited behind it has run since then. */
+  #answeredAt = 0;
 
   private constructor(options: EngineProcessOptions, child: Child) {
     this.#options = options;
@@ -146,23 +150,51 @@ export class EngineProcess implements EngineApi, EngineHealth {
     if (this.#closed) return Promise.reject(new UnetdError('ERR_ENGINE_DOWN', 'The engine was closed.'));
     if (this.#outage !== null) return Promise.reject(out(this.#outage));
     return new Promise((resolve, reject) => {
-      const call: Call = { method, args, progress, resolve, reject, attempts: 0 };
-      if (this.#child === null) this.#waiting.push(call);
-      else void this.#send(this.#child, call);
+      this.#waiting.push({ method, args, progress, resolve, reject, ends: 0, isSuspect: false });
+      this.#sendWaiting();
     });
   }
 
+  #sendWaiting(): void {
+    if (this.#child === null) return;
+    for (const call of this.#waiting.splice(0)) {
+      if (this.#mustWait(call)) this.#waiting.push(call);
+      else void this.#send(this.#child, call);
+    }
+  }
+
+  /** While any forward is suspect there is one at a time. */
+  #mustWait(call: Call): boolean {
+    const running = this.#forwards;
+    if (batchOf(call) === null || running.length === 0) return false;
+    return [call, ...running, ...this.#waiting].some(({ isSuspect }) => isSuspect);
+  }
+
+  /** Those that a process has now. */
+  get #forwards(): readonly Call[] {
+    return [...this.#inFlight].filter((call) => batchOf(call) !== null);
+  }
+
+  /** Forwards run one after another, so each may take as long as all that a process has together. */
+  #limitMs(child: Child, call: Call): number {
+    const ahead = batchOf(call) === null ? [] : this.#forwards.filter((other) => other !== call);
+    return [...ahead, call].reduce(
+      (sum, each) => sum + this.#patience.limitMs(child.device, batchOf(each)),
+      0,
+    );
+  }
+
   async #send(child: Child, call: Call): Promise<void> {
-    call.attempts += 1;
     this.#inFlight.add(call);
     const batch = batchOf(call);
     const started = performance.now();
     try {
-      const limitMs = this.#patience.limitMs(child.device, batch);
-      const value = await child.call(call.method, call.args, call.progress, limitMs);
+      const value = await child.call(call.method, call.args, call.progress, this.#limitMs(child, call));
       this.#inFlight.delete(call);
       if (batch !== null) {
-        this.#patience.note(batch, performance.now() - started);
+        const now = performance.now();
+        this.#patience.note(batch, now - Math.max(started, this.#answeredAt));
+        this.#answeredAt = now;
         this.#failures = 0;
       }
       call.resolve(value);
@@ -174,6 +206,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
       this.#inFlight.delete(call);
       call.reject(error);
     }
+    this.#sendWaiting();
   }
 
   #onExit(child: Child, reason: string): void {
@@ -182,11 +215,15 @@ export class EngineProcess implements EngineApi, EngineHealth {
     if (child.ageMs > HEALTHY_MS) this.#failures = 0;
     const pauseMs = this.#scheduleRestart();
     this.#options.log?.(`engine process ended (${reason}), starting it again in ${pauseMs} ms`);
+    const isAlone = this.#forwards.length === 1;
     for (const call of this.#inFlight) {
+      const batch = batchOf(call);
+      call.isSuspect = batch !== null;
+      if (batch === null || isAlone) call.ends += 1;
       // Whoever made a batch of several can find out which of them it was; a second batch would end as this one did.
-      const isBatch = (batchOf(call)?.requests.length ?? 0) > 1;
+      const isBatch = (batch?.requests.length ?? 0) > 1;
       if (isBatch) call.reject(down(`The engine process ended while it ran a batch (${reason}).`));
-      else if (call.attempts < MAX_ENDS) this.#waiting.push(call);
+      else if (call.ends < MAX_ENDS) this.#waiting.push(call);
       else {
         const what = `The engine process ended ${MAX_ENDS} times while it ran this request (${reason})`;
         call.reject(down(`${what}; it is not run again.`));
@@ -226,7 +263,7 @@ export class EngineProcess implements EngineApi, EngineHealth {
     void child.exited.then((reason) => this.#onExit(child, reason));
     const ms = Math.round(performance.now() - started);
     log(`engine process runs again: ${this.#inventory.size} models loaded again, in ${ms} ms`);
-    for (const call of this.#waiting.splice(0)) void this.#send(child, call);
+    this.#sendWaiting();
   }
 
   /** Nobody waits through an outage: what waits now, and what comes until the next attempt, is told when that is. */

@@ -91,6 +91,8 @@ export interface DeviceInfo {
   readonly name: string;
   readonly backend: string;
   readonly features: readonly string[];
+  /** How many choices of kernels are known from measuring on this device; left out where there are none. */
+  readonly tuned?: number;
 }
 
 export interface EngineStats {
@@ -136,6 +138,8 @@ export interface EngineOptions {
   readonly maxBatch?: number;
   /** Storage of every model, whatever a load asks for. */
   readonly forceDtype?: StorageDtype;
+  /** File of choices that `unetd tune` measured; the one in the user's cache unless told, none where false. */
+  readonly tuning?: string | false;
 }
 
 /** What the owner of an engine in another process can see of it. */

@@ -79,7 +79,8 @@ export class Arena {
   /** Makes room for `sizeBytes`. ERR_OUT_OF_MEMORY. */
   async ensure(sizeBytes: number): Promise<void> {
     if (sizeBytes <= this.sizeBytes) return;
-    // The old buffer goes first, so that growing never needs both at once.
+    // The old buffer goes first, so that growing never needs both at once; it goes when no work on its way uses it any more.
+    if (this.#buffer) await this.#device.settle(() => this.#device.gpu.queue.onSubmittedWorkDone());
     this.#buffer?.destroy();
     this.#buffer = undefined;
     this.#device.generation += 1;

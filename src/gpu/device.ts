@@ -114,8 +114,18 @@ async function requestAdapter(instance: GPU, options: DeviceOptions): Promise<GP
   throw new UnetdError('ERR_NO_ADAPTER', `No usable GPU adapter was found; ${INSTALL_HINT}`, { found });
 }
 
+/** One that is waited for, and what the driver reported meanwhile: nobody knows whose error that is. */
+interface Wait {
+  failure: string | undefined;
+}
+
 export class Device {
-  readonly adapter: AdapterFacts & { readonly features: readonly string[] };
+  readonly adapter: AdapterFacts & {
+    readonly features: readonly string[];
+    /** The GPU itself, and what drives it, with its version where the adapter tells that. */
+    readonly hardware: string;
+    readonly driver: string;
+  };
   readonly capabilities: Capabilities;
   readonly gpu: GPUDevice;
   readonly pipelines: PipelineCache;
@@ -127,15 +137,20 @@ export class Device {
   // Collected while the device lives, the instance takes the whole process down.
   readonly #instance: GPU;
   #failure: string | undefined;
+  readonly #waits = new Set<Wait>();
+  #isSlowed = false;
 
   private constructor(instance: GPU, adapter: GPUAdapter, gpu: GPUDevice, options: DeviceOptions) {
     this.#instance = instance;
     this.gpu = gpu;
     const { info } = adapter;
+    const backend = options.backend ?? PLATFORM_BACKENDS[process.platform] ?? 'unknown';
     this.adapter = {
       name: info.description || info.device || 'unnamed adapter',
-      backend: options.backend ?? PLATFORM_BACKENDS[process.platform] ?? 'unknown',
+      backend,
       features: [...gpu.features].sort(),
+      hardware: `${info.vendor} ${info.device}`,
+      driver: `${backend} ${info.description}`,
     };
     const fixed = info.subgroupMinSize === info.subgroupMaxSize && gpu.features.has('subgroups');
     this.capabilities = {
@@ -156,7 +171,9 @@ export class Device {
       return this.#failure;
     });
     gpu.addEventListener('uncapturederror', (event) => {
-      this.#failure ??= (event as GPUUncapturedErrorEvent).error.message;
+      const { message } = (event as GPUUncapturedErrorEvent).error;
+      this.#failure ??= message;
+      for (const wait of this.#waits) wait.failure ??= message;
     });
   }
 
@@ -181,7 +198,7 @@ export class Device {
     return new Device(instance, adapter, gpu, options);
   }
 
-  /** Throws what the driver reported since the last call outside any error scope: ERR_DEVICE_LOST or ERR_GPU. */
+  /** Throws what the driver reported since the last call outside any error scope, once: ERR_DEVICE_LOST or ERR_GPU. */
   check(): void {
     const failure = this.#failure;
     if (failure === undefined) return;
@@ -205,7 +222,8 @@ export class Device {
       popped = [...scopes].reverse().map((scope) => ({ scope, error: this.gpu.popErrorScope() }));
     }
     for (const { scope, error } of popped.reverse()) {
-      const reported = await error;
+      // Of a device that is lost no scope can be asked any more.
+      const reported = await error.catch(() => this.check());
       if (!reported) continue;
       if (scope === 'out-of-memory')
         throw new UnetdError('ERR_OUT_OF_MEMORY', `${what}: the GPU is out of memory (${reported.message})`);
@@ -227,26 +245,38 @@ export class Device {
   }
 
   /**
-   * Waits for submitted work. The bindings spin on `setImmediate` while a promise is pending. On a software adapter the core
-   * this takes is the GPU's own (a forward took 1.9 times as long), so there each turn of the event loop is made to last.
+   * Waits for submitted work. What the driver reports meanwhile outside any error scope is thrown by all that wait: ERR_DEVICE_LOST,
+   * ERR_GPU.
    */
   async settle(work: () => Promise<unknown>): Promise<void> {
-    let isPending = true;
-    const settled = Promise.race([work(), this.lost]).finally(() => {
-      isPending = false;
-    });
-    if (this.capabilities.software) {
-      let turns = 0;
-      const slow = (): void => {
-        if (!isPending) return;
-        // Short work is waited for at full speed.
-        if (++turns > QUICK_TURNS) Atomics.wait(NEVER_WOKEN, 0, 0, TURN_MS);
-        setImmediate(slow);
-      };
-      setImmediate(slow);
+    const wait: Wait = { failure: undefined };
+    this.#waits.add(wait);
+    if (this.capabilities.software) this.#slowDown();
+    try {
+      await Promise.race([work(), this.lost]);
+    } finally {
+      this.#waits.delete(wait);
     }
-    await settled;
+    this.#failure ??= wait.failure;
     this.check();
+  }
+
+  /**
+   * The bindings spin on `setImmediate` while a promise is pending. On a software adapter the core this takes is the GPU's own
+   * (a forward took 1.9 times as long), so there each turn of the event loop is made to last while anything is waited for.
+   */
+  #slowDown(): void {
+    if (this.#isSlowed) return;
+    this.#isSlowed = true;
+    let turns = 0;
+    const slow = (): void => {
+      this.#isSlowed = this.#waits.size > 0;
+      if (!this.#isSlowed) return;
+      // Short work is waited for at full speed.
+      if (++turns > QUICK_TURNS) Atomics.wait(NEVER_WOKEN, 0, 0, TURN_MS);
+      setImmediate(slow);
+    };
+    setImmediate(slow);
   }
 
   /** Copies bytes of a buffer (COPY_SRC) to the CPU; for tests and small results outside plans. */
@@ -264,10 +294,13 @@ export class Device {
 
   /** Maps a MAP_READ buffer, copies its first bytes and unmaps it again. */
   async readMapped(staging: GPUBuffer, sizeBytes: number): Promise<Uint8Array> {
-    await this.settle(() => staging.mapAsync(MapMode.READ));
-    const bytes = new Uint8Array(staging.getMappedRange().slice(0, sizeBytes));
-    staging.unmap();
-    return bytes;
+    try {
+      await this.settle(() => staging.mapAsync(MapMode.READ));
+      return new Uint8Array(staging.getMappedRange().slice(0, sizeBytes));
+    } finally {
+      // Also where another's error ended the wait: a buffer that stays mapped is of no use to the next.
+      staging.unmap();
+    }
   }
 
   close(): void {

@@ -61,6 +61,22 @@ export function defineKernel(
 /** Whether an adapter of that name runs shaders on the CPU. */
 export const isSoftware = (name: string): boolean => /llvmpipe|swiftshader/i.test(name);
 
+/** How one use of a kernel is run, among several ways that give the same result. */
+export interface Choice {
+  readonly variant: string;
+}
+
+/** By point: what was measured to be the fastest there. */
+export type Choices = ReadonlyMap<string, Choice>;
+
+/** A choice that could have been made in several ways. */
+export interface Decision {
+  /** What it depended on, as text: equal for uses that are alike enough to be chosen for together. */
+  readonly point: string;
+  /** All that the adapter runs there; the first is what the rules say. */
+  readonly candidates: readonly Choice[];
+}
+
 /** What an adapter can do, as far as choosing kernels depends on it. */
 export interface Capabilities {
   /** Lanes of every subgroup, or 0 where there are no subgroups or their size varies. */
@@ -72,6 +88,8 @@ export interface Capabilities {
   readonly maxBindingBytes: number;
   readonly maxBufferBytes: number;
   readonly offsetAlignment: number;
+  /** Measured on this very adapter; they win over the rules. */
+  readonly tuned?: Choices;
 }
 
 /** Whether an adapter runs a variant, and without rounding what is stored as `storage`. */
@@ -117,6 +135,8 @@ export type Operand = Virtual | Resident;
 export interface Dispatch {
   readonly kernel: Kernel;
   readonly variant: string;
+  /** Where the variant is one of several that would do. */
+  readonly decision?: Decision | undefined;
   readonly choices: Readonly<Record<string, string>>;
   readonly constants: Readonly<Record<string, number | boolean>>;
   readonly operands: Readonly<Record<string, Operand>>;

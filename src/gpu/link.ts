@@ -6,7 +6,7 @@ import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import type { BindingSpec, Dispatch, Kernel, MatrixShape, Storage } from './kernel.ts';
 
-const SHADERS = fileURLToPath(new URL('../../shaders/', import.meta.url));
+export const SHADERS: string = fileURLToPath(new URL('../../shaders/', import.meta.url));
 
 export interface Linked {
   readonly code: string;

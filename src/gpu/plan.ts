@@ -22,6 +22,9 @@ const MAX_PARTS = 64;
 export interface Timing {
   readonly label: string;
   readonly kernel: string;
+  readonly variant: string;
+  /** Of the choice of the variant, where there was one. */
+  readonly point: string | undefined;
   readonly ms: number;
   readonly flops: number;
 }
@@ -142,7 +145,8 @@ export class Plan {
       const times = new BigUint64Array(bytes.buffer, bytes.byteOffset, part.length * 2);
       part.forEach(({ ready: { dispatch } }, i) => {
         const ms = Number(times[2 * i + 1]! - times[2 * i]!) / 1e6;
-        timings.push({ label: dispatch.label, kernel: dispatch.kernel.name, ms, flops: dispatch.flops });
+        const { label, kernel, variant, decision, flops } = dispatch;
+        timings.push({ label, kernel: kernel.name, variant, point: decision?.point, ms, flops });
       });
       querySet.destroy();
       resolved.destroy();

@@ -74,13 +74,16 @@ function constantsOf(headDim: number, variant: string, capabilities: Capabilitie
 
 export function attentionOf(args: AttentionArgs, capabilities: Capabilities, variant?: string): Dispatch {
   const { images, heads, headDim, queries, keys, q, k, v, out } = args;
-  const shape = { headDim, tileKeys: tileKeys(headDim), storage: args.storage ?? 'f32' };
-  const chosen = variant ?? pick(attention, capabilities, shape);
+  const format = args.storage ?? 'f32';
+  const shape = { format, images, rows: queries, headDim, keys, tileKeys: tileKeys(headDim) };
+  const { choice, decision } = pick(attention, capabilities, shape, variant);
+  const chosen = choice.variant;
   // Odd widths: the fewest heads that fill whole quads.
   const headsEach = chosen !== 'scalar' || headDim % 4 === 0 ? 1 : headDim % 2 === 0 ? 2 : 4;
   return {
     kernel: attention,
     variant: chosen,
+    decision,
     choices: {},
     constants: constantsOf(headDim, chosen, capabilities),
     operands: { q, k, v, out },

@@ -11,8 +11,8 @@ import {
   type Operand,
 } from '../gpu/kernel.ts';
 import { lanesOf, MATRIX_VARIANTS, matrixVariants } from './matrix.ts';
-import { choiceOf, PANEL, storageOf, W_FILES, type WeightFormat } from './panel.ts';
-import { pick } from './pick.ts';
+import { choiceOf, PANEL, W_FILES, type WeightFormat } from './panel.ts';
+import { pick, type Shape } from './pick.ts';
 
 /** Ranks of one low-rank block. */
 export const RANK_BLOCK = 8;
@@ -202,6 +202,15 @@ function segmentParams({ n, segments, addSegments }: GemmArgs): Record<string, n
   };
 }
 
+/** What the choice of a variant depends on, of the layer and of its down projection alike. */
+const shapeOf = ({ format = 'f32', images, rows, m, channels }: GemmArgs): Shape => ({
+  format,
+  a: rows.kind,
+  images,
+  rows: m,
+  depth: tapsOf(rows) * channels,
+});
+
 const sources = ({ x, rows }: GemmArgs): Record<string, Operand> =>
   rows.kind === 'concat' ? { x, x2: rows.x2 } : { x };
 
@@ -216,18 +225,18 @@ export function gemmOf(
     throw new Error(
       `${args.label}: channels ${args.channels} must be a multiple of 8, columns ${args.n} of 4`,
     );
-  const chosen =
-    variant ?? pick(gemm, capabilities, { rows: args.m, storage: storageOf(args.format ?? 'f32') });
-  const tile = TILES[chosen]!;
   const params = paramsOf(args, lora?.slot ?? 0);
   const panels = params.panels!;
-  const columns = Math.min(panels * PANEL, args.n);
+  const columns = (args.gated ? 2 : 1) * Math.min(panels * PANEL, args.n);
+  const { choice, decision } = pick(gemm, capabilities, { ...shapeOf(args), columns }, variant);
+  const tile = TILES[choice.variant]!;
   return {
     kernel: gemm,
-    variant: chosen,
+    variant: choice.variant,
+    decision,
     choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none', w: choiceOf(args.format) },
     constants: {
-      ...lanesOf(gemm.variants[chosen], capabilities),
+      ...lanesOf(gemm.variants[choice.variant], capabilities),
       ...(args.silu ? { SILU: true } : {}),
       ...(args.addPerImage ? { ADD_PER_ROW: false } : {}),
       ...(args.gated ? { GATED: true } : {}),
@@ -244,7 +253,7 @@ export function gemmOf(
     grid: [ceilDiv(panels, args.gated ? 1 : tile.panels), ceilDiv(args.m, tile.rows), args.images],
     imageAxis: 2,
     label: args.label,
-    flops: (args.gated ? 4 : 2) * args.images * args.m * columns * tapsOf(args.rows) * args.channels,
+    flops: 2 * args.images * args.m * columns * tapsOf(args.rows) * args.channels,
   };
 }
 
@@ -258,15 +267,16 @@ export function loraDownOf(
   lora: LoraOperands,
   variant?: string,
 ): Dispatch {
-  const chosen = variant ?? pick(loraDown, capabilities);
+  const { choice, decision } = pick(loraDown, capabilities, shapeOf(args), variant);
   return {
     kernel: loraDown,
-    variant: chosen,
+    variant: choice.variant,
+    decision,
     choices: { a: args.rows.kind },
     constants: {},
     operands: { ...sources(args), down: lora.pool, table: lora.table, t: lora.t },
     params: paramsOf(args, lora.slot),
-    grid: [1, ceilDiv(args.m, chosen === 'broadcast' ? 32 : 64), args.images],
+    grid: [1, ceilDiv(args.m, choice.variant === 'broadcast' ? 32 : 64), args.images],
     label: `${args.label} lora down`,
     flops: 2 * args.images * args.m * RANK_BLOCK * tapsOf(args.rows) * args.channels,
   };

@@ -3,7 +3,7 @@ import type { Kernel } from '../gpu/kernel.ts';
 import { attention } from './attention.ts';
 import { copy, fromNchw, geglu, toNchw } from './elementwise.ts';
 import { gemm, loraDown } from './gemm.ts';
-import { groupApply, groupFold, groupMoments, layerNorm } from './norm.ts';
+import { groupApply, groupMoments, layerNorm } from './norm.ts';
 import { pack, quantise } from './pack.ts';
 import { combine, norms, product, rotate, unpack } from './patch.ts';
 
@@ -12,7 +12,6 @@ export const KERNELS: readonly Kernel[] = [
   loraDown,
   attention,
   groupMoments,
-  groupFold,
   groupApply,
   layerNorm,
   geglu,

@@ -1,11 +1,13 @@
-/** Group norm (three steps: moments, fold, apply) and layer norm. Formulas stand in `shaders/norm/`. */
+/** Group norm (two steps: moments, apply) and layer norm. Formulas stand in `shaders/norm/`. */
 import {
+  alignTo,
   type Capabilities,
   ceilDiv,
   type Dispatch,
   defineKernel,
   type Kernel,
   type Operand,
+  type Storage,
 } from '../gpu/kernel.ts';
 import { pick } from './pick.ts';
 
@@ -14,44 +16,55 @@ const source = {
   x2: { type: 'array<Quad>', access: 'read_write', optional: true },
 } as const;
 
+/** Workgroups of both steps of a group norm, by variant: quads of channels by tokens at a time. */
+const LANES = { LANES: 8, ROWS: 1 };
+const SHARED = { LANES: 16, ROWS: 16 };
+
+/** A constant of a variant, as its module has it. */
+const constantOf = ({ variants }: Kernel, variant: string, name: string): number =>
+  Number(variants[variant]?.constants?.[name]);
+
 export const groupMoments: Kernel = defineKernel({
   name: 'group_norm_moments',
   bindings: { ...source, moments: { type: 'array<vec4f>', access: 'read_write' } },
   params: { tokens: 'u32', quads: 'u32', split: 'u32', chunks: 'u32', chunkTokens: 'u32' },
-  variants: { plain: { files: ['norm/moments.wgsl'] } },
-});
-
-export const groupFold: Kernel = defineKernel({
-  name: 'group_norm_fold',
-  bindings: {
-    moments: { type: 'array<f32>', access: 'read_write' },
-    gamma: { type: 'array<f32>', access: 'read' },
-    beta: { type: 'array<f32>', access: 'read' },
-    affine: { type: 'array<f32>', access: 'read_write' },
+  variants: {
+    lanes: { files: ['norm/moments.wgsl'], constants: LANES, subgroupSize: 8 },
+    shared: { files: ['norm/moments.wgsl'], constants: SHARED },
   },
-  params: {
-    tokens: 'u32',
-    channels: 'u32',
-    groups: 'u32',
-    groupChannels: 'u32',
-    chunks: 'u32',
-    chunkTokens: 'u32',
-    image0: 'u32',
-    eps: 'f32',
-  },
-  variants: { plain: { files: ['norm/fold.wgsl'] } },
 });
 
 export const groupApply: Kernel = defineKernel({
   name: 'group_norm_apply',
   bindings: {
     ...source,
-    affine: { type: 'array<vec4f>', access: 'read_write' },
+    moments: { type: 'array<f32>', access: 'read_write' },
+    gamma: { type: 'array<vec4f>', access: 'read' },
+    beta: { type: 'array<vec4f>', access: 'read' },
     out: { type: 'array<Quad>', access: 'read_write' },
   },
-  params: { tokens: 'u32', quads: 'u32', split: 'u32', rows: 'u32' },
+  params: {
+    tokens: 'u32',
+    quads: 'u32',
+    split: 'u32',
+    chunks: 'u32',
+    chunkTokens: 'u32',
+    groupChannels: 'u32',
+    image0: 'u32',
+    eps: 'f32',
+  },
   constants: { SILU: false },
-  variants: { plain: { files: ['norm/apply.wgsl'] } },
+  variants: {
+    lanes: {
+      files: ['norm/partial.wgsl', 'norm/fold_lanes.wgsl', 'norm/apply.wgsl'],
+      constants: LANES,
+      subgroupSize: 8,
+    },
+    shared: {
+      files: ['norm/partial.wgsl', 'norm/fold_shared.wgsl', 'norm/apply.wgsl'],
+      constants: SHARED,
+    },
+  },
 });
 
 export const layerNorm: Kernel = defineKernel({
@@ -64,30 +77,38 @@ export const layerNorm: Kernel = defineKernel({
   },
   params: { rows: 'u32', quads: 'u32', image0: 'u32', eps: 'f32' },
   variants: {
-    lanes: { files: ['norm/layer_norm_lanes.wgsl'], subgroupSize: 8 },
-    shared: { files: ['norm/layer_norm.wgsl'] },
+    held: { files: ['norm/layer_norm_held.wgsl'], constants: { ROWS: 16 }, subgroupSize: 8 },
+    lanes: { files: ['norm/layer_norm_lanes.wgsl'], constants: { ROWS: 4 }, subgroupSize: 8 },
+    shared: { files: ['norm/layer_norm.wgsl'], constants: { ROWS: 4 } },
   },
 });
 
 /** Groups of every group norm of these UNets. */
 export const GROUPS = 32;
-/** Tokens whose moments one invocation sums. */
+/** Tokens of a chunk are a multiple of this. */
 const CHUNK_TOKENS = 64;
-/** From so many quads on there are invocations enough for each to own 16 of them in `apply`; else 4. */
-const MANY_QUADS = 2 ** 16;
+/**
+ * Chunks of an image at most, by variant: enough for a GPU's processors, few for each workgroup to fold again. A subgroup of 8
+ * lanes, which folds alone, takes as long for a chunk's moments as for 8 tokens.
+ */
+const MOST_CHUNKS: Readonly<Record<string, number>> = { lanes: 8, shared: 32 };
 
-/** Rows of a layer norm that one workgroup of either variant owns. */
-const ROWS_OF_GROUP = 4;
-
-/** Bytes of the intermediate tensors of a group norm. */
-export function groupNormScratch(
-  images: number,
-  tokens: number,
-  channels: number,
-): { momentsBytes: number; affineBytes: number } {
-  const chunks = ceilDiv(tokens, CHUNK_TOKENS);
-  return { momentsBytes: images * chunks * 2 * channels * 4, affineBytes: images * 2 * channels * 4 };
+export interface Chunks {
+  readonly variant: string;
+  readonly chunks: number;
+  readonly chunkTokens: number;
 }
+
+/** How a group norm cuts the tokens of an image. Both steps are of one variant: the moments lie as its chunks do. */
+export function chunksOf(tokens: number, capabilities: Capabilities, forced?: string): Chunks {
+  const { variant } = pick(groupMoments, capabilities, {}, forced).choice;
+  const chunkTokens = alignTo(ceilDiv(tokens, MOST_CHUNKS[variant]!), CHUNK_TOKENS);
+  return { variant, chunks: ceilDiv(tokens, chunkTokens), chunkTokens };
+}
+
+/** Bytes of a group norm's moments. */
+export const momentsBytes = (images: number, channels: number, { chunks }: Chunks): number =>
+  images * chunks * 2 * channels * 4;
 
 export interface GroupNormArgs {
   readonly label: string;
@@ -104,56 +125,40 @@ export interface GroupNormArgs {
   readonly splitChannels?: number | undefined;
   readonly gamma: Operand;
   readonly beta: Operand;
+  /** Of `momentsBytes` bytes. */
   readonly moments: Operand;
-  readonly affine: Operand;
   readonly out: Operand;
 }
 
-export function groupNormOf(args: GroupNormArgs): readonly Dispatch[] {
-  const { images, tokens, channels, moments, affine, label } = args;
-  const groups = args.groups ?? GROUPS;
-  const chunks = ceilDiv(tokens, CHUNK_TOKENS);
+export function groupNormOf(
+  args: GroupNormArgs,
+  capabilities: Capabilities,
+  forced?: string,
+): readonly Dispatch[] {
+  const { images, tokens, channels, x, x2, moments, gamma, beta, out, label } = args;
+  const { variant, chunks, chunkTokens } = chunksOf(tokens, capabilities, forced);
   const quads = channels / 4;
-  const split = args.x2 ? (args.splitChannels ?? 0) / 4 : quads;
-  const rows = images * tokens * quads < MANY_QUADS ? 4 : 16;
-  const x = { x: args.x, ...(args.x2 ? { x2: args.x2 } : {}) };
-  const common = { variant: 'plain', choices: {}, label };
+  const split = x2 ? (args.splitChannels ?? 0) / 4 : quads;
+  const sources = { x, ...(x2 ? { x2 } : {}) };
+  const params = { tokens, quads, split, chunks, chunkTokens };
+  const grid = [ceilDiv(quads, constantOf(groupMoments, variant, 'LANES')), chunks, images] as const;
+  const common = { variant, choices: {}, label, grid };
   return [
     {
       ...common,
       kernel: groupMoments,
       constants: {},
-      operands: { ...x, moments },
-      params: { tokens, quads, split, chunks, chunkTokens: CHUNK_TOKENS },
-      grid: [ceilDiv(quads, 16), chunks, images],
+      operands: { ...sources, moments },
+      params,
       flops: 5 * images * tokens * channels,
-    },
-    {
-      ...common,
-      kernel: groupFold,
-      constants: {},
-      operands: { moments, gamma: args.gamma, beta: args.beta, affine },
-      params: {
-        tokens,
-        channels,
-        groups,
-        groupChannels: channels / groups,
-        chunks,
-        chunkTokens: CHUNK_TOKENS,
-        image0: 0,
-        eps: args.eps,
-      },
-      grid: [ceilDiv(groups, 32), images, 1],
-      imageAxis: 1,
-      flops: 6 * images * chunks * channels,
     },
     {
       ...common,
       kernel: groupApply,
       constants: args.silu ? { SILU: true } : {},
-      operands: { ...x, affine, out: args.out },
-      params: { tokens, quads, split, rows },
-      grid: [ceilDiv(quads, 16), ceilDiv(tokens, 4 * rows), images],
+      operands: { ...sources, moments, gamma, beta, out },
+      params: { ...params, groupChannels: channels / (args.groups ?? GROUPS), image0: 0, eps: args.eps },
+      imageAxis: 2,
       flops: 2 * images * tokens * channels,
     },
   ];
@@ -167,6 +172,8 @@ export interface LayerNormArgs {
   /** A multiple of 4. */
   readonly channels: number;
   readonly eps: number;
+  /** Of out; f32 unless told. */
+  readonly storage?: Storage;
   readonly x: Operand;
   readonly gamma: Operand;
   readonly beta: Operand;
@@ -174,18 +181,24 @@ export interface LayerNormArgs {
 }
 
 export function layerNormOf(args: LayerNormArgs, capabilities: Capabilities, variant?: string): Dispatch {
-  const chosen = variant ?? pick(layerNorm, capabilities);
-  const { x, gamma, beta, out } = args;
+  const { storage: format = 'f32', images, rows, channels, x, gamma, beta, out } = args;
+  const { choice, decision } = pick(
+    layerNorm,
+    capabilities,
+    { format, images, rows, columns: channels },
+    variant,
+  );
   return {
     kernel: layerNorm,
-    variant: chosen,
+    variant: choice.variant,
+    decision,
     choices: {},
     constants: {},
     operands: { x, gamma, beta, out },
-    params: { rows: args.rows, quads: args.channels / 4, image0: 0, eps: args.eps },
-    grid: [ceilDiv(args.rows, ROWS_OF_GROUP), args.images, 1],
+    params: { rows, quads: channels / 4, image0: 0, eps: args.eps },
+    grid: [ceilDiv(rows, constantOf(layerNorm, choice.variant, 'ROWS')), images, 1],
     imageAxis: 1,
     label: args.label,
-    flops: 8 * args.images * args.rows * args.channels,
+    flops: 8 * images * rows * channels,
   };
 }

@@ -1,31 +1,51 @@
-/** Which variant of a kernel runs on which adapter: one pure function over a table. Holds no state. */
-import { type Capabilities, type Kernel, runsOn, type Storage } from '../gpu/kernel.ts';
+/**
+ * Which variant of a kernel runs on which adapter: one pure function over a table of rules, and over what was measured on that
+ * adapter. Holds no state.
+ */
+import { isDeepStrictEqual } from 'node:util';
+import { type Capabilities, type Choice, type Decision, type Kernel, runsOn } from '../gpu/kernel.ts';
 import { MATRIX_VARIANTS } from './matrix.ts';
+import { storageOf, type WeightFormat } from './panel.ts';
 
 /** Facts of one use that a choice may depend on. */
 export interface Shape {
+  /** Of weights, or of activations where none are read; f32, which matrix units for halves would round, unless told. */
+  readonly format?: WeightFormat;
+  /** How the rows of a GEMM are found. */
+  readonly a?: string;
+  readonly images?: number;
   /** Rows of an image. */
   readonly rows?: number;
-  /** Of what is read; f32, which matrix units for halves would round, unless told. */
-  readonly storage?: Storage;
+  readonly columns?: number;
+  /** Terms of a sum: taps times channels. */
+  readonly depth?: number;
   readonly headDim?: number;
+  readonly keys?: number;
   /** Keys of a tile of the attention for 8 lanes, 0 where the head width allows none. */
   readonly tileKeys?: number;
 }
 
-interface Rule {
-  readonly variant: string;
-  readonly when: (capabilities: Capabilities, shape: Shape) => boolean;
+/** What is chosen, and from what. */
+export interface Picked {
+  readonly choice: Choice;
+  /** Undefined where there was nothing to choose, or no choice. */
+  readonly decision?: Decision | undefined;
 }
 
-const always = (): boolean => true;
-const lanes8 = (c: Capabilities): boolean => c.subgroupSize === 8;
+interface Rule {
+  readonly variant: string;
+  /** What the variant can compute at all; everything unless told. */
+  readonly can?: (shape: Shape) => boolean;
+  /** Where it is taken without having been measured; wherever it runs unless told. */
+  readonly when?: (capabilities: Capabilities, shape: Shape) => boolean;
+}
 
-/** Where the adapter has the units; software drivers only imitate them. */
 const MATRIX_RULES: readonly Rule[] = MATRIX_VARIANTS.map((variant) => ({
   variant,
   // Wider heads fill more registers with their sums than a GPU has.
-  when: (c, { headDim = 0 }) => !c.software && headDim <= 160,
+  can: ({ headDim = 0 }) => headDim % 4 === 0 && headDim <= 160,
+  // Software drivers only imitate such units.
+  when: ({ software }) => !software,
 }));
 
 /** The first rule that holds, of a variant that the adapter runs, wins. */
@@ -34,32 +54,85 @@ const RULES: Readonly<Record<string, readonly Rule[]>> = {
     ...MATRIX_RULES,
     // Shuffles from a constant lane are free on a software driver, workgroup memory is not: 37 to 76 against 6 to 11
     // GFLOP/s. The tile of 32 rows is 1.65 times as fast as that of 8, on as many rows as it has.
-    { variant: 'broadcast8', when: (c, { rows = 0 }) => lanes8(c) && rows <= 16 },
-    { variant: 'broadcast32', when: lanes8 },
-    { variant: 'tile', when: always },
+    { variant: 'broadcast8', when: (_, { rows = 0 }) => rows <= 16 },
+    { variant: 'broadcast32' },
+    { variant: 'tile' },
   ],
   lora_down: [
     // Four blocks per reading of A: 40 to 46 GFLOP/s against 22 to 28.
-    { variant: 'broadcast', when: lanes8 },
-    { variant: 'rows', when: (c) => c.software },
-    { variant: 'row', when: always },
+    { variant: 'broadcast' },
+    { variant: 'rows', when: ({ software }) => software },
+    { variant: 'row' },
   ],
   attention: [
-    { variant: 'scalar', when: (_, shape) => (shape.headDim ?? 0) % 4 !== 0 },
+    { variant: 'scalar', can: ({ headDim = 0 }) => headDim % 4 !== 0 },
     ...MATRIX_RULES,
-    { variant: 'broadcast', when: (c, { tileKeys = 0 }) => lanes8(c) && tileKeys > 0 },
-    { variant: 'direct', when: always },
+    { variant: 'broadcast', can: ({ tileKeys = 0 }) => tileKeys > 0 },
+    { variant: 'direct', can: ({ headDim = 0 }) => headDim % 4 === 0 },
   ],
+  group_norm_moments: [{ variant: 'lanes' }, { variant: 'shared' }],
   layer_norm: [
-    { variant: 'lanes', when: lanes8 },
-    { variant: 'shared', when: always },
+    // Reads a row once, where its channels fit the registers: 90 against 60 % of the copy rate.
+    { variant: 'held', can: ({ columns = Infinity }) => columns <= 320 },
+    { variant: 'lanes' },
+    { variant: 'shared' },
   ],
 };
 
-export function pick(kernel: Kernel, capabilities: Capabilities, shape: Shape = {}): string {
-  const rule = RULES[kernel.name]?.find(
-    ({ variant, when }) =>
-      runsOn(kernel.variants[variant]!, capabilities, shape.storage ?? 'f32') && when(capabilities, shape),
+/** To the nearest power. */
+const near =
+  (base: number) =>
+  (value: number): number =>
+    base ** Math.round(Math.log(value) / Math.log(base));
+const exact = <T>(value: T): T => value;
+
+/**
+ * The facts that make a point, and how coarse each is: what lies between two steps goes with the nearer one. Rows and keys
+ * fall by four from one level of a UNet to the next, so that every size of an image has points near its levels.
+ */
+const FACTS = {
+  format: exact<string>,
+  a: exact<string>,
+  images: near(2),
+  rows: near(4),
+  columns: near(2),
+  depth: near(2),
+  headDim: exact<number>,
+  keys: near(4),
+} as const;
+
+/** `gemm format=f16 a=conv3 images=1 rows=4096 columns=256 depth=2048` */
+function pointOf(kernel: Kernel, shape: Shape): string {
+  const facts = Object.entries(FACTS) as [keyof typeof FACTS, (value: unknown) => unknown][];
+  const known = facts.filter(([name]) => shape[name] !== undefined);
+  return [kernel.name, ...known.map(([name, step]) => `${name}=${step(shape[name])}`)].join(' ');
+}
+
+/** All that the adapter runs and that can compute this, first what the rules say. */
+function candidatesOf(kernel: Kernel, capabilities: Capabilities, shape: Shape): readonly Choice[] {
+  const storage = storageOf(shape.format ?? 'f32');
+  const able = (RULES[kernel.name] ?? []).filter(
+    ({ variant, can }) => runsOn(kernel.variants[variant]!, capabilities, storage) && (can?.(shape) ?? true),
   );
-  return rule?.variant ?? Object.keys(kernel.variants)[0]!;
+  const first = able.find(({ when }) => when?.(capabilities, shape) ?? true);
+  const others = able.filter((rule) => rule !== first);
+  return [...(first ? [first] : []), ...others].map(({ variant }) => ({ variant }));
+}
+
+/** `given`, else what was measured at this point where it is a candidate of this very use, else what the rules say. */
+export function pick(
+  kernel: Kernel,
+  capabilities: Capabilities,
+  shape: Shape = {},
+  given?: string | undefined,
+): Picked {
+  if (given !== undefined) return { choice: { variant: given } };
+  const candidates = candidatesOf(kernel, capabilities, shape);
+  const [byRules] = candidates;
+  if (!byRules) throw new Error(`no rule for the kernel ${kernel.name} holds here`);
+  if (candidates.length === 1) return { choice: byRules };
+  const point = pointOf(kernel, shape);
+  const tuned = capabilities.tuned?.get(point);
+  const choice = candidates.find((candidate) => isDeepStrictEqual(candidate, tuned)) ?? byRules;
+  return { choice, decision: { point, candidates } };
 }

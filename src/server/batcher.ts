@@ -1,10 +1,12 @@
 /**
- * Which requests run together and when: a queue per connection, one batch at a time. The leader of a batch comes from the
- * connection whose lead batches have taken least time; places beside it go to those who have waited longest for any.
+ * Which requests run together and when: a queue per connection, one batch after another, the next taken shortly before the one that
+ * runs is over (`in-flight.ts`). The leader of a batch comes from the connection whose lead batches have taken least time; places
+ * beside it go to those who have waited longest for any.
  * Pure logic over an injected clock and an injected way to run a batch (`run.ts`); knows no sockets, tensors or GPU.
  */
 import { UnetdError } from '../errors.ts';
 import type { Clock } from './clock.ts';
+import { InFlight, type Taken } from './in-flight.ts';
 
 export interface Job<Work> {
   /** The connection: turns are shared between owners. */
@@ -18,17 +20,10 @@ export interface Job<Work> {
   readonly work: Work;
 }
 
-export interface BatchTiming {
-  /** When the batch started, on the batcher's clock. */
-  readonly startedAt: number;
-  readonly images: number;
-  readonly requests: number;
-}
-
 /** Runs the jobs of one batch; the outcomes come in the order of the jobs. Rejecting fails them all. */
 export type RunBatch<Work, Result> = (
   jobs: readonly Job<Work>[],
-  startedAt: number,
+  turn: Pick<Readonly<Taken>, 'startedAt'>,
 ) => Promise<readonly PromiseSettledResult<Result>[]>;
 
 export interface BatcherOptions {
@@ -67,7 +62,7 @@ export class Batcher<Work, Result> {
   /** Where the owner that led last stood when it did. */
   #level = 0;
   #waiting = 0;
-  #running = 0;
+  readonly #inFlight = new InFlight();
   #cancelTimer: (() => void) | null = null;
   #batchMs = 0;
   #batchRequests = 1;
@@ -82,12 +77,13 @@ export class Batcher<Work, Result> {
     return this.#waiting;
   }
 
+  /** Jobs of the batches that have been taken. */
   get running(): number {
-    return this.#running;
+    return this.#inFlight.requests;
   }
 
   /**
-   * Queues a job. ERR_CANCELLED (the reason of `signal`) when that aborts before its batch starts. ERR_BUSY when the queue is full:
+   * Queues a job. ERR_CANCELLED (the reason of `signal`) when that aborts before its batch is taken. ERR_BUSY when the queue is full:
    * this job's, or, where another owner has more jobs waiting, that of the last of those.
    */
   submit(job: Job<Work>, signal?: AbortSignal): Promise<Result> {
@@ -138,25 +134,42 @@ export class Batcher<Work, Result> {
     if (queue.length === 0) this.#queues.delete(entry.job.owner);
   }
 
-  /** Starts the first batch that is due if nothing runs; otherwise sees to it that this is called again in time. */
+  /** Starts a batch that is due if the engine should have it now; otherwise sees to it that this is called again in time. */
   #advance(): void {
     this.#cancelTimer?.();
     this.#cancelTimer = null;
-    if (this.#running > 0 || this.#waiting === 0) return;
-    const groups = this.#groups();
+    if (this.#waiting === 0) return;
     const now = this.#clock.now();
+    const { openAt } = this.#inFlight;
+    if (openAt > now) {
+      this.#advanceAt(openAt);
+      return;
+    }
+    const groups = this.#groups();
     const left = (entry: Entry<Work, Result>): number => {
       const { images, oldest } = groups.get(groupOf(entry.job))!;
       return images >= this.options.capOf(entry.job) ? 0 : oldest + this.options.waitMs - now;
     };
     // Sorting is stable: of those who have led as much, the one that has waited longest comes first.
-    const owners = [...this.#queues.keys()].sort((a, b) => this.#led.get(a)! - this.#led.get(b)!);
+    const owners = [...this.#queues.keys()].sort((a, b) => this.#ledBy(a) - this.#ledBy(b));
     for (const owner of owners) {
       const leader = this.#queues.get(owner)!.find((entry) => left(entry) <= 0);
-      if (leader !== undefined) return void this.#start(this.#choose(leader));
+      if (leader === undefined) continue;
+      void this.#start(this.#choose(leader));
+      this.#advance();
+      return;
     }
-    const soonest = Math.min(...[...groups.values()].map(({ oldest }) => oldest)) + this.options.waitMs - now;
-    this.#cancelTimer = this.#clock.after(soonest, () => this.#advance());
+    this.#advanceAt(Math.min(...[...groups.values()].map(({ oldest }) => oldest)) + this.options.waitMs);
+  }
+
+  #advanceAt(time: number): void {
+    if (time === Number.POSITIVE_INFINITY) return;
+    this.#cancelTimer = this.#clock.after(time - this.#clock.now(), () => this.#advance());
+  }
+
+  /** What an owner has led, its batch that runs as if that were over. */
+  #ledBy(owner: string): number {
+    return this.#led.get(owner)! + this.#inFlight.expectedMs(owner, this.#clock.now());
   }
 
   #groups(): ReadonlyMap<string, Group> {
@@ -209,16 +222,16 @@ export class Batcher<Work, Result> {
   }
 
   async #start(batch: readonly Entry<Work, Result>[]): Promise<void> {
-    const startedAt = this.#clock.now();
-    const { owner } = batch[0]!.job;
-    this.#level = this.#led.get(owner)!;
+    const jobs = batch.map((entry) => entry.job);
+    const { owner } = jobs[0]!;
+    this.#level = this.#ledBy(owner);
     this.#take(batch);
-    this.#running = batch.length;
+    const taken = { owner, kind: kindOf(jobs), requests: jobs.length, startedAt: this.#clock.now() };
+    this.#inFlight.add(taken);
+    let isUsual = false;
     try {
-      const outcomes = await this.#run(
-        batch.map((entry) => entry.job),
-        startedAt,
-      );
+      const outcomes = await this.#run(jobs, taken);
+      isUsual = outcomes.every(({ status }) => status === 'fulfilled');
       for (const [index, entry] of batch.entries()) {
         const outcome = outcomes[index];
         if (outcome?.status === 'fulfilled') entry.resolve(outcome.value);
@@ -227,9 +240,8 @@ export class Batcher<Work, Result> {
     } catch (error) {
       for (const entry of batch) entry.reject(error);
     }
-    this.#batchMs = this.#clock.now() - startedAt;
+    this.#batchMs = this.#inFlight.end(taken, this.#clock.now(), isUsual);
     this.#batchRequests = batch.length;
-    this.#running = 0;
     this.#charge(owner, this.#batchMs);
     this.#advance();
   }
@@ -238,7 +250,8 @@ export class Batcher<Work, Result> {
   #charge(owner: string, ms: number): void {
     this.#led.set(owner, this.#led.get(owner)! + ms);
     for (const [each, led] of this.#led) {
-      if (led <= this.#level && !this.#queues.has(each)) this.#led.delete(each);
+      const isGone = !this.#queues.has(each) && !this.#inFlight.has(each);
+      if (led <= this.#level && isGone) this.#led.delete(each);
     }
   }
 
@@ -251,6 +264,11 @@ export class Batcher<Work, Result> {
       { waiting: this.#waiting, limit: this.options.queueLimit, retryAfterMs },
     );
   }
+}
+
+/** Batches of one group with as many images take as long. */
+function kindOf(jobs: readonly Job<unknown>[]): string {
+  return `${groupOf(jobs[0]!)}\n${jobs.reduce((sum, { images }) => sum + images, 0)}`;
 }
 
 /** Jobs of one group can run together. */

@@ -8,6 +8,7 @@ import { Batcher, groupOf, type Job } from './batcher.ts';
 import { BatchCaps } from './caps.ts';
 import type { Clock } from './clock.ts';
 import { completeControl, type ForwardMessage } from './forward.ts';
+import type { Taken } from './in-flight.ts';
 import type { Metrics } from './metrics.ts';
 import type { Timing } from './protocol.ts';
 import type { Residents } from './residents.ts';
@@ -23,7 +24,7 @@ export interface SchedulerOptions {
 interface Work {
   readonly step: StepRequest;
   readonly signal: AbortSignal;
-  /** To be called when its batch starts. */
+  /** To be called when its batch is taken. */
   readonly waited: () => void;
 }
 
@@ -59,7 +60,7 @@ export class Scheduler {
         waitMs: options.batchWaitMs,
         queueLimit: options.queueLimit,
       },
-      (jobs, startedAt) => this.#run(jobs, startedAt),
+      (jobs, turn) => this.#run(jobs, turn),
       clock,
     );
   }
@@ -69,7 +70,7 @@ export class Scheduler {
     return { requests: waiting, limit: options.queueLimit, running };
   }
 
-  /** LoRAs that requests without a place in the running batch ask for. */
+  /** LoRAs that requests without a place in a batch ask for. */
   get waitingLoras(): readonly string[] {
     return this.#demand.names;
   }
@@ -133,7 +134,10 @@ export class Scheduler {
     };
   }
 
-  async #run(jobs: readonly Job<Work>[], startedAt: number): Promise<readonly PromiseSettledResult<Done>[]> {
+  async #run(
+    jobs: readonly Job<Work>[],
+    turn: Pick<Taken, 'startedAt'>,
+  ): Promise<readonly PromiseSettledResult<Done>[]> {
     const first = jobs[0]!;
     for (const { work } of jobs) work.waited();
     const cancelled = new Map(jobs.map(({ work }) => [work.step, work.signal]));
@@ -152,6 +156,7 @@ export class Scheduler {
       },
     );
     release();
+    const { startedAt } = turn;
     return outcomes.map((outcome) =>
       outcome.status === 'fulfilled' ? { ...outcome, value: { ...outcome.value, startedAt } } : outcome,
     );

@@ -15,7 +15,7 @@ import type { Step } from '../gpu/plan.ts';
 import { type AttentionArgs, attentionOf } from '../kernels/attention.ts';
 import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
 import type { LoraOperands, Rows, Segments } from '../kernels/gemm.ts';
-import { groupNormOf, groupNormScratch, layerNormOf } from '../kernels/norm.ts';
+import { chunksOf, groupNormOf, layerNormOf, momentsBytes } from '../kernels/norm.ts';
 import { PANEL } from '../kernels/panel.ts';
 import { firstReader } from './layers.ts';
 import { bundleStep, type Matmul, matmulOf, segmentsOf, stepsOf } from './matmul.ts';
@@ -210,26 +210,25 @@ export class Draft {
   groupNorm(id: string, x: Activation, eps: number, silu: boolean, x2?: Activation): Activation {
     const channels = x.channels + (x2?.channels ?? 0);
     const tokens = tokensOf(x);
-    const scratch = groupNormScratch(this.images, tokens, channels);
+    const { capabilities } = this.#options;
+    const sizeBytes = momentsBytes(this.images, channels, chunksOf(tokens, capabilities));
     const out = this.activation(id, channels, x.height, x.width);
-    this.always(
-      ...groupNormOf({
-        label: id,
-        images: this.images,
-        tokens,
-        channels,
-        eps,
-        silu,
-        x: x.tensor,
-        x2: x2?.tensor,
-        splitChannels: x.channels,
-        gamma: this.#vector(`${id}.weight`),
-        beta: this.#vector(`${id}.bias`),
-        moments: this.bytes(`${id} moments`, scratch.momentsBytes),
-        affine: this.bytes(`${id} affine`, scratch.affineBytes),
-        out: out.tensor,
-      }),
-    );
+    const args = {
+      label: id,
+      images: this.images,
+      tokens,
+      channels,
+      eps,
+      silu,
+      x: x.tensor,
+      x2: x2?.tensor,
+      splitChannels: x.channels,
+      gamma: this.#vector(`${id}.weight`),
+      beta: this.#vector(`${id}.bias`),
+      moments: this.bytes(`${id} moments`, sizeBytes),
+      out: out.tensor,
+    };
+    this.always(...groupNormOf(args, capabilities));
     return out;
   }
 
@@ -241,6 +240,7 @@ export class Draft {
       rows: tokensOf(x),
       channels: x.channels,
       eps: 1e-5,
+      storage: this.storage,
       x: x.tensor,
       gamma: this.#vector(`${id}.weight`),
       beta: this.#vector(`${id}.bias`),

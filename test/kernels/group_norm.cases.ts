@@ -1,9 +1,10 @@
 /**
- * Cases of the three group norm kernels: all together on one or two sources, and `fold` and `apply` alone on statistics
- * and affines made up for them. Every intermediate is compared too.
+ * Cases of the two group norm kernels: both together on one or two sources, and `apply` alone on moments made up for it.
+ * The moments are compared too.
  */
-import type { Kernel, Operand, Storage } from '../../src/gpu/kernel.ts';
-import { groupApply, groupFold, groupMoments, groupNormOf } from '../../src/kernels/norm.ts';
+import type { Capabilities, Operand, Storage } from '../../src/gpu/kernel.ts';
+import { chunksOf, groupApply, groupMoments, groupNormOf } from '../../src/kernels/norm.ts';
+import { GUARANTEED } from '../gpu/capabilities.ts';
 import {
   type Built,
   type Case,
@@ -16,7 +17,7 @@ import {
   type Wide,
 } from './case.ts';
 import { beside, silu } from './gemm_reference.ts';
-import { affineOf, momentsOf } from './norm_reference.ts';
+import { affineOf, foldOf, momentsOf } from './norm_reference.ts';
 
 export interface GroupNormShape extends Wide {
   readonly name: string;
@@ -31,8 +32,17 @@ export interface GroupNormShape extends Wide {
 }
 
 const EPS = 1e-5;
-/** Tokens of a chunk, as src/kernels/norm.ts has them; the moments' shape shows it. */
-const CHUNK = 64;
+
+/** How the variants cut the tokens: alike up to 512. */
+function cutsOf(tokens: number): { readonly mostChunks: number; readonly chunkTokens: number | undefined } {
+  const cuts = Object.keys(groupMoments.variants).map((variant) => chunksOf(tokens, GUARANTEED, variant));
+  const [first] = cuts;
+  const alike = cuts.every(({ chunkTokens }) => chunkTokens === first?.chunkTokens);
+  return {
+    mostChunks: Math.max(...cuts.map(({ chunks }) => chunks)),
+    chunkTokens: alike ? first?.chunkTokens : undefined,
+  };
+}
 
 interface Data {
   readonly images: number;
@@ -75,10 +85,15 @@ function applied(whole: Float64Array, affine: ArrayLike<number>, shape: GroupNor
   });
 }
 
-function dispatchesOf(shape: GroupNormShape, operands: Readonly<Record<string, Operand>>, only?: Kernel) {
+function dispatchesOf(
+  shape: GroupNormShape,
+  operands: Readonly<Record<string, Operand>>,
+  capabilities: Capabilities,
+  variant: string | undefined,
+) {
   const any = Object.values(operands)[0]!;
   const operand = (name: string): Operand => operands[name] ?? any;
-  const all = groupNormOf({
+  const args = {
     label: shape.name,
     images: shape.images ?? 1,
     tokens: shape.tokens,
@@ -92,10 +107,9 @@ function dispatchesOf(shape: GroupNormShape, operands: Readonly<Record<string, O
     gamma: operand('gamma'),
     beta: operand('beta'),
     moments: operand('moments'),
-    affine: operand('affine'),
     out: operand('out'),
-  });
-  return only ? all.filter(({ kernel }) => kernel === only) : all;
+  };
+  return groupNormOf(args, capabilities, variant);
 }
 
 function sources(shape: GroupNormShape, { x, x2 }: Data): Record<string, Input> {
@@ -115,7 +129,8 @@ function build(shape: GroupNormShape, storage: Storage): Built {
   const { images, whole, gamma, beta } = data;
   const { tokens, channels, groups = 32, offset = 0 } = shape;
   const spec = { images, tokens, channels, groups, eps: EPS };
-  const depth = Math.min(tokens, CHUNK) + (channels / groups) * Math.ceil(tokens / CHUNK);
+  const { mostChunks, chunkTokens } = cutsOf(tokens);
+  const depth = Math.min(tokens, 64) + (channels / groups) * Math.ceil(tokens / 64);
   // x * scale + shift, as PyTorch computes it, rounds at the size of the offset rather than of the result: a few
   // roundoffs of |offset| / deviation (0.58 for uniforms).
   const slack = (4 * 2 ** -24 * Math.abs(offset)) / 0.58;
@@ -124,15 +139,11 @@ function build(shape: GroupNormShape, storage: Storage): Built {
     outputs: {
       moments: {
         as: 'f32',
-        count: images * Math.ceil(tokens / CHUNK) * 2 * channels,
-        expected: () => momentsOf(whole, images, tokens, channels, CHUNK),
-        tolerance: tolerance('f32', storage, CHUNK),
-      },
-      affine: {
-        as: 'f32',
-        count: images * 2 * channels,
-        expected: () => affineOf(whole, spec, gamma, beta),
-        tolerance: tolerance('f32', storage, depth),
+        count: images * mostChunks * 2 * channels,
+        ...(chunkTokens && {
+          expected: () => momentsOf(whole, images, tokens, channels, chunkTokens),
+          tolerance: tolerance('f32', storage, chunkTokens),
+        }),
       },
       out: {
         as: 'quad',
@@ -142,7 +153,7 @@ function build(shape: GroupNormShape, storage: Storage): Built {
       },
     },
     bytes: 3 * whole.length * (storage === 'f16' ? 2 : 4),
-    dispatches: (operands) => dispatchesOf(shape, operands),
+    dispatches: (operands, capabilities, variant) => dispatchesOf(shape, operands, capabilities, variant),
   };
 }
 
@@ -153,92 +164,32 @@ export const groupNormCase = (shape: GroupNormShape): Case => ({
   build: (storage) => build(shape, storage),
 });
 
-/** `fold` on moments of tokens nobody made: any means and squares will do. */
-function foldCase(shape: GroupNormShape): Case {
+/** `apply` on moments of tokens nobody made: any means and squares will do. */
+function applyCase(shape: GroupNormShape): Case {
   const { name, tokens, channels, groups = 32 } = shape;
-  const images = shape.images ?? 1;
-  const chunks = Math.ceil(tokens / CHUNK);
   return {
     name,
-    kernel: groupFold,
-    build: (storage) => {
-      const moments = random(`${name} moments`, images * chunks * 2 * channels, 0, 2);
-      const gamma = random(`${name} gamma`, channels, 0.5, 1.5);
-      const beta = random(`${name} beta`, channels);
-      const expected = (): Float64Array => foldOf(moments, shape, gamma, beta);
-      return {
-        inputs: {
-          moments: { as: 'f32', values: moments },
-          gamma: { as: 'f32', values: gamma, resident: true },
-          beta: { as: 'f32', values: beta, resident: true },
-        },
-        outputs: {
-          affine: {
-            as: 'f32',
-            count: images * 2 * channels,
-            expected,
-            tolerance: tolerance('f32', storage, (channels / groups) * chunks),
-          },
-        },
-        bytes: moments.length * 4,
-        dispatches: (operands) => dispatchesOf(shape, operands, groupFold),
-      };
-    },
-  };
-}
-
-function foldOf(
-  moments: Float32Array,
-  shape: GroupNormShape,
-  gamma: Float32Array,
-  beta: Float32Array,
-): Float64Array {
-  const { tokens, channels, groups = 32 } = shape;
-  const chunks = Math.ceil(tokens / CHUNK);
-  const wide = channels / groups;
-  const images = shape.images ?? 1;
-  const out = new Float64Array(images * 2 * channels);
-  for (let at = 0; at < images * groups; at++) {
-    const image = Math.floor(at / groups);
-    const parts: { n: number; mean: number; m2: number }[] = [];
-    for (let chunk = 0; chunk < chunks; chunk++)
-      for (let c = (at % groups) * wide; c < ((at % groups) + 1) * wide; c++) {
-        const base = (image * chunks + chunk) * 2 * channels + c;
-        const n = Math.min(CHUNK, tokens - chunk * CHUNK);
-        parts.push({ n, mean: moments[base]!, m2: moments[base + channels]! });
-      }
-    const count = tokens * wide;
-    const mean = parts.reduce((sum, part) => sum + part.n * part.mean, 0) / count;
-    const m2 = parts.reduce((sum, part) => sum + part.m2 + part.n * (part.mean - mean) ** 2, 0);
-    for (let c = (at % groups) * wide; c < ((at % groups) + 1) * wide; c++) {
-      const scale = gamma[c]! / Math.sqrt(m2 / count + EPS);
-      out[image * 2 * channels + c] = scale;
-      out[(image * 2 + 1) * channels + c] = beta[c]! - mean * scale;
-    }
-  }
-  return out;
-}
-
-/** `apply` on any scale and shift. */
-function applyCase(shape: GroupNormShape): Case {
-  return {
-    name: shape.name,
     kernel: groupApply,
     build: (storage) => {
       const data = dataOf(shape, storage);
-      const affine = random(`${shape.name} affine`, data.images * 2 * shape.channels, -2, 2);
+      const { images, whole, gamma, beta } = data;
+      const { mostChunks: chunks, chunkTokens } = cutsOf(tokens);
+      if (!chunkTokens) throw new Error(`the variants cut ${tokens} tokens in different ways`);
+      const moments = random(`${name} moments`, images * chunks * 2 * channels, 0, 2);
+      const spec = { images, tokens, channels, groups, eps: EPS };
       return {
-        inputs: { ...sources(shape, data), affine: { as: 'f32', values: affine } },
+        inputs: { ...sources(shape, data), ...params(data), moments: { as: 'f32', values: moments } },
         outputs: {
           out: {
             as: 'quad',
-            count: data.whole.length,
-            expected: () => applied(data.whole, affine, shape),
-            tolerance: tolerance('quad', storage, 4),
+            count: whole.length,
+            expected: () => applied(whole, foldOf(moments, spec, chunkTokens, gamma, beta), shape),
+            tolerance: tolerance('quad', storage, (channels / groups) * chunks),
           },
         },
-        bytes: 2 * data.whole.length * (storage === 'f16' ? 2 : 4),
-        dispatches: (operands) => dispatchesOf(shape, operands, groupApply),
+        bytes: 2 * whole.length * (storage === 'f16' ? 2 : 4),
+        dispatches: (operands, capabilities, variant) =>
+          dispatchesOf(shape, operands, capabilities, variant).filter(({ kernel }) => kernel === groupApply),
       };
     },
   };
@@ -255,17 +206,16 @@ export const CASES: readonly Case[] = [
     { name: 'a wide source', images: 2, tokens: 66, channels: 64, offset: 100, silu: true, wide: ['x'] },
     { name: 'two wide sources', tokens: 9, channels: 96, split: 64, silu: true, wide: ['x', 'x2'] },
     { name: 'one group', tokens: 9, channels: 8, groups: 1 },
+    { name: 'many chunks', images: 2, tokens: 4100, channels: 64, silu: true },
     { name: 'an offset of 1000', images: 2, tokens: 200, channels: 64, offset: 1000 },
     { name: 'an offset of -1000 with SiLU', tokens: 1024, channels: 320, offset: -1000, silu: true },
   ].map(groupNormCase),
   ...[
     { name: 'made-up moments', images: 3, tokens: 150, channels: 320 },
     { name: 'made-up moments of 37 groups', tokens: 64, channels: 148, groups: 37 },
-  ].map(foldCase),
-  ...[
-    { name: 'a made-up affine', images: 2, tokens: 17, channels: 68 },
-    { name: 'a made-up affine with SiLU', tokens: 16, channels: 64, silu: true },
-    { name: 'a made-up affine of many tokens', tokens: 1031, channels: 256, silu: true },
-    { name: 'a made-up affine over two sources', images: 2, tokens: 15, channels: 72, split: 60, silu: true },
+    { name: 'made-up moments with SiLU', tokens: 16, channels: 64, silu: true },
+    { name: 'made-up moments of 80 channels a group', tokens: 16, channels: 2560 },
+    { name: 'made-up moments of one channel a group', images: 2, tokens: 17, channels: 68, groups: 68 },
+    { name: 'made-up moments of two sources', images: 2, tokens: 15, channels: 96, split: 60, silu: true },
   ].map(applyCase),
 ];

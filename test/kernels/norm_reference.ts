@@ -61,6 +61,39 @@ export function affineOf(
   return out;
 }
 
+/** The same from moments [image][chunk][2][channel]. */
+export function foldOf(
+  moments: Float32Array,
+  { images, tokens, channels, groups, eps }: GroupSpec,
+  chunkTokens: number,
+  gamma: Float32Array,
+  beta: Float32Array,
+): Float64Array {
+  const chunks = Math.ceil(tokens / chunkTokens);
+  const wide = channels / groups;
+  const out = new Float64Array(images * 2 * channels);
+  for (let at = 0; at < images * groups; at++) {
+    const image = Math.floor(at / groups);
+    const first = (at % groups) * wide;
+    const parts: { n: number; mean: number; m2: number }[] = [];
+    for (let chunk = 0; chunk < chunks; chunk++)
+      for (let c = first; c < first + wide; c++) {
+        const base = (image * chunks + chunk) * 2 * channels + c;
+        const n = Math.min(chunkTokens, tokens - chunk * chunkTokens);
+        parts.push({ n, mean: moments[base]!, m2: moments[base + channels]! });
+      }
+    const count = tokens * wide;
+    const mean = parts.reduce((sum, part) => sum + part.n * part.mean, 0) / count;
+    const m2 = parts.reduce((sum, part) => sum + part.m2 + part.n * (part.mean - mean) ** 2, 0);
+    for (let c = first; c < first + wide; c++) {
+      const scale = gamma[c]! / Math.sqrt(m2 / count + eps);
+      out[image * 2 * channels + c] = scale;
+      out[(image * 2 + 1) * channels + c] = beta[c]! - mean * scale;
+    }
+  }
+  return out;
+}
+
 /** Layer norm of rows: x [rows, channels]. */
 export function layerNormRows(
   x: Float32Array,

@@ -4,9 +4,11 @@
  */
 import { readdirSync, readFileSync } from 'node:fs';
 import { afterAll, describe, expect, test } from 'vitest';
+import { matrixBCase, matrixCase } from '../../bench/matrix-peak.ts';
 import { fmaCase, streamCase } from '../../bench/peak.ts';
 import { Device } from '../../src/gpu/device.ts';
 import { type Recipe, recipeKey } from '../../src/gpu/link.ts';
+import { MATRIX_VARIANTS } from '../../src/kernels/matrix.ts';
 import { CASES, variantsOf } from './cases.ts';
 import { allRecipes } from './recipes.ts';
 import { closePrepared, prepare } from './run.ts';
@@ -66,10 +68,15 @@ describe('null rung: WebGPU as every implementation has it', () => {
     });
 
   test('the kernels of the benchmark compile and record', async () => {
-    for (const one of [fmaCase(1, 1), streamCase(1)])
+    const onMatrices = MATRIX_VARIANTS.flatMap((variant) => [
+      matrixCase(variant, 1, 1),
+      ...[true, false].map((isStaged) => matrixBCase(variant, isStaged, [64, 32, 64])),
+    ]);
+    for (const one of [fmaCase(1, 1), streamCase(1), ...onMatrices])
       await device.guarded(one.name, async () =>
         closePrepared(await prepare(device, one.build('f32'), 'f32', undefined)),
       );
+    device.check();
   });
 
   for (const storage of STORAGES)

@@ -32,12 +32,13 @@ describe('pick', () => {
       'broadcast32',
     ],
   ])('a GEMM on an adapter with %s', (_, capabilities, inF32, inF16) => {
-    expect(pick(gemm, capabilities, { rows: 64, storage: 'f32' })).toBe(inF32);
-    expect(pick(gemm, capabilities, { rows: 64, storage: 'f16' })).toBe(inF16);
+    expect(pick(gemm, capabilities, { rows: 64, format: 'f32' }).choice.variant).toBe(inF32);
+    expect(pick(gemm, capabilities, { rows: 64, format: 'f16' }).choice.variant).toBe(inF16);
   });
 
   test('attention leaves heads of odd widths and of more than 160 to other variants', () => {
-    const of = (headDim: number) => pick(attention, adapter(32, false, NVIDIA), { headDim, storage: 'f16' });
+    const of = (headDim: number) =>
+      pick(attention, adapter(32, false, NVIDIA), { headDim, format: 'f16' }).choice.variant;
     expect([40, 160, 6, 164].map(of)).toEqual(['sgm16', 'sgm16', 'scalar', 'direct']);
   });
 });

@@ -6,6 +6,7 @@ import { TestClock } from './test-clock.ts';
 
 interface Running {
   readonly jobs: readonly Job<number>[];
+  readonly turn: { readonly startedAt: number };
   readonly finish: () => void;
   readonly fail: (error: Error) => void;
 }
@@ -14,17 +15,25 @@ function setUp(options: Partial<BatcherOptions> = {}): {
   clock: TestClock;
   batcher: Batcher<number, number>;
   runs: Running[];
+  /** Most batches that were in flight at once. */
+  most: () => number;
   submit: (owner: string, changes?: Partial<Job<number>>, signal?: AbortSignal) => Promise<number>;
   finishAll: () => Promise<void>;
 } {
   const clock = new TestClock();
   const runs: Running[] = [];
+  let inFlight = 0;
+  let most = 0;
   const batcher = new Batcher<number, number>(
     { capOf: () => 4, waitMs: 0, queueLimit: 1000, ...options },
-    (jobs) =>
-      new Promise((resolve, reject) => {
+    (jobs, turn) =>
+      new Promise<readonly PromiseSettledResult<number>[]>((resolve, reject) => {
         const finish = (): void => resolve(jobs.map(({ work }) => ({ status: 'fulfilled', value: work })));
-        runs.push({ jobs, finish, fail: reject });
+        runs.push({ jobs, turn, finish, fail: reject });
+        inFlight += 1;
+        most = Math.max(most, inFlight);
+      }).finally(() => {
+        inFlight -= 1;
       }),
     clock,
   );
@@ -33,6 +42,7 @@ function setUp(options: Partial<BatcherOptions> = {}): {
     clock,
     batcher,
     runs,
+    most: () => most,
     submit: (owner, changes = {}, signal) => {
       const job = { owner, model: 'm', key: 'k', images: 1, work: next++, ...changes };
       const result = batcher.submit(job, signal);
@@ -146,9 +156,10 @@ describe('the batcher', () => {
 
   it('gives a lead to who comes rarely before another to who has led meanwhile', async () => {
     const { clock, runs, submit } = setUp({ capOf: () => 1 });
+    let done = 0;
     const finish = async (): Promise<void> => {
       clock.advance(10);
-      runs.at(-1)?.finish();
+      runs[done++]?.finish();
       await settle();
     };
     for (let i = 0; i < 64; i += 1) submit('f');
@@ -202,6 +213,77 @@ describe('the batcher', () => {
     expect(await other).toBe(2);
   });
 
+  it.each([
+    [40, 30],
+    [400, 375],
+  ])('takes the next batch shortly before one that usually takes %d ms is over', async (usualMs, openMs) => {
+    const { clock, runs, submit } = setUp();
+    submit('a');
+    clock.advance(usualMs);
+    runs[0]!.finish();
+    await settle();
+    submit('a');
+    submit('b');
+    clock.advance(openMs - 1);
+    submit('c');
+    expect(runs.map(owners)).toEqual(['a', 'a']);
+    clock.advance(1);
+    expect(runs.map(owners)).toEqual(['a', 'a', 'bc']);
+    // Two are enough, however long the first takes.
+    for (const owner of ['d', 'e', 'f', 'g']) submit(owner);
+    clock.advance(10 * usualMs);
+    expect(runs).toHaveLength(3);
+    runs[1]!.finish();
+    await settle();
+    expect(runs[2]!.turn.startedAt).toBe(clock.now());
+  });
+
+  it('takes none before the end of a batch of a shape or size that it has not seen', async () => {
+    const { clock, runs, submit } = setUp();
+    for (const job of [{}, { images: 2 }, { key: 'other' }, {}, {}]) submit('a', job);
+    for (let turn = 0; turn < 2; turn += 1) {
+      clock.advance(100);
+      expect(runs).toHaveLength(turn + 1);
+      runs[turn]!.finish();
+      await settle();
+    }
+    expect(runs.map(({ jobs }) => jobs.length)).toEqual([1, 3, 1]);
+  });
+
+  it('learns nothing from a batch of which any request failed', async () => {
+    const { clock, runs, submit } = setUp();
+    submit('a');
+    clock.advance(100);
+    runs[0]!.finish();
+    await settle();
+    submit('a');
+    runs[1]!.fail(new Error('broken'));
+    await settle();
+    submit('a');
+    submit('b');
+    clock.advance(74);
+    expect(runs).toHaveLength(3);
+    clock.advance(1);
+    expect(runs).toHaveLength(4);
+  });
+
+  it('drops a request that is cancelled just before its batch would be taken', async () => {
+    const { clock, runs, submit, finishAll } = setUp();
+    submit('a');
+    clock.advance(100);
+    runs[0]!.finish();
+    await settle();
+    submit('a');
+    const controller = new AbortController();
+    const late = submit('b', {}, controller.signal);
+    clock.advance(74);
+    controller.abort(new Error('cancelled'));
+    clock.advance(26);
+    await expect(late).rejects.toThrow('cancelled');
+    await finishAll();
+    expect(runs.map(owners)).toEqual(['a', 'a']);
+  });
+
   it('goes on after a batch that rejects', async () => {
     const { runs, submit, finishAll } = setUp();
     const bad = submit('a');
@@ -227,8 +309,8 @@ describe('any stream of requests', () => {
 
   it('is answered once each, in batches that belong together and fit, within one lead of every other connection', async () => {
     await fc.assert(
-      fc.asyncProperty(jobs, fc.integer({ min: 0, max: 5 }), async (stream, waitMs) => {
-        const { runs, batcher, clock } = setUp({ waitMs });
+      fc.asyncProperty(jobs, fc.nat(5), fc.nat(200), async (stream, waitMs, batchMs) => {
+        const { runs, batcher, clock, most } = setUp({ waitMs });
         const results = stream.map(({ cancel, ...job }, work) => {
           const controller = new AbortController();
           const result = batcher.submit({ ...job, work }, controller.signal);
@@ -239,7 +321,7 @@ describe('any stream of requests', () => {
           );
         });
         for (let turn = 0; turn < stream.length + 1 || batcher.waiting > 0; turn += 1) {
-          clock.advance(waitMs);
+          clock.advance(waitMs + batchMs);
           runs[turn]?.finish();
           await settle();
         }
@@ -247,6 +329,7 @@ describe('any stream of requests', () => {
         for (const [index, answer] of answers.entries()) {
           expect(answer).toBe(stream[index]!.cancel ? 'cancelled' : index);
         }
+        expect(most()).toBeLessThanOrEqual(2);
         const ran = runs.flatMap((run) => run.jobs.map(({ work }) => work));
         expect(new Set(ran).size).toBe(ran.length);
         for (const { jobs: batch } of runs) {

@@ -14,6 +14,8 @@ import { TestClock } from './test-clock.ts';
 
 const OPEN = 64;
 const MOST = 2.2;
+/** The most of a batch that is left when the next one is taken. */
+const EARLY = 0.25;
 
 const settle = (): Promise<void> => new Promise((resolve) => setImmediate(resolve));
 const median = (values: readonly number[]): number =>
@@ -30,16 +32,15 @@ interface Flood {
 async function simulate(floods: readonly Flood[], key: string, pauses: readonly number[]): Promise<number[]> {
   const clock = new TestClock();
   const latencies: number[] = [];
-  let finish = (): void => {};
-  let left = 0;
+  /** The batches that were taken: the engine runs the first. */
+  const taken: { left: number; readonly finish: () => void }[] = [];
   const batcher = new Batcher<number, number>(
     { capOf: () => 8, waitMs: 0, queueLimit: 10_000 },
-    (jobs) => {
-      left = jobs[0]!.work;
-      return new Promise((resolve) => {
-        finish = () => resolve(jobs.map(({ work }) => ({ status: 'fulfilled', value: work })));
-      });
-    },
+    (jobs) =>
+      new Promise((resolve) => {
+        const finish = (): void => resolve(jobs.map(({ work }) => ({ status: 'fulfilled', value: work })));
+        taken.push({ left: jobs[0]!.work, finish });
+      }),
     clock,
   );
   const flood = (each: Flood): void => {
@@ -62,11 +63,12 @@ async function simulate(floods: readonly Flood[], key: string, pauses: readonly 
           latencies.push(clock.now() - since);
         });
       }
-      const step = sent ? left : Math.min(left, idle);
+      const [running] = taken;
+      const step = sent ? running!.left : Math.min(running!.left, idle);
       clock.advance(step);
-      left -= step;
+      running!.left -= step;
       idle -= step;
-      if (left <= 0) finish();
+      if (running!.left <= 0) taken.shift()!.finish();
       await settle();
     }
   }
@@ -74,11 +76,16 @@ async function simulate(floods: readonly Flood[], key: string, pauses: readonly 
 }
 
 describe('beside a flood of 64 open requests', () => {
-  it.each(['same', 'other'])('a request of the %s shape waits for two batches at most', async (key) => {
-    const pauses = Array.from({ length: 41 }, (_, n) => (n * 7) % 23);
-    const latencies = await simulate([{ owner: 'flood', key: 'same', batchMs: 10 }], key, pauses);
-    expect(Math.max(...latencies)).toBeLessThanOrEqual(20);
-  });
+  it.each(['same', 'other'])(
+    'a request of the %s shape waits for little more than two batches',
+    async (key) => {
+      const pauses = Array.from({ length: 41 }, (_, n) => (n * 7) % 23);
+      const latencies = await simulate([{ owner: 'flood', key: 'same', batchMs: 10 }], key, pauses);
+      // Who comes too late for the next batch also waits for the rest of the one that runs.
+      expect(Math.max(...latencies)).toBeLessThanOrEqual(20 * (1 + EARLY / 2));
+      expect(median(latencies)).toBeLessThanOrEqual(20);
+    },
+  );
 
   it('a request waits for the batch that runs, and one of each flood at most, whatever the batches take', async () => {
     const floods = fc.array(

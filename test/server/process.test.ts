@@ -106,6 +106,30 @@ describe('the engine process', () => {
     },
   );
 
+  it('tells which of two forwards it was that ends it, and answers the other', async () => {
+    await prepare();
+    const bad = engine.forward({ model: SLOW, requests: [step(1, TROUBLE.crash)] });
+    const good = engine.forward({ model: SLOW, requests: [step(2)] });
+    const later = engine.forward({ model: SLOW, requests: [step(3)] });
+    await expect(bad).rejects.toMatchObject({ code: 'ERR_ENGINE_DOWN' });
+    for (const [seed, answer] of [good, later].entries()) {
+      const { outs } = await answer;
+      expect(floatsOf(outs[0]!)).toEqual(floatsOf(standInResult(step(seed + 2), factors)));
+    }
+    // Once with the others, and twice alone.
+    expect(engine.restarts).toBe(3);
+  });
+
+  it('counts a forward that waits behind another as hung only after both their times', async () => {
+    await engine.close();
+    place.write('checkpoints/slow.safetensors', modelFile({ delayMs: '900' }));
+    engine = await EngineProcess.start({ module: MODULE, backoffMs: 10, hangMs: 1500 });
+    await prepare();
+    const both = [1, 2].map((seed) => engine.forward({ model: SLOW, requests: [step(seed)] }));
+    expect(await Promise.all(both)).toHaveLength(2);
+    expect(engine.restarts).toBe(0);
+  });
+
   it('ends a process that hangs, starts another and runs the call again', async () => {
     await engine.close();
     const log = (line: string): void => void lines.push(line);

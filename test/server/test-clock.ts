@@ -15,11 +15,16 @@ export class TestClock implements Clock {
     return () => this.#timers.delete(timer);
   }
 
+  /** Timers go off in order, each at its own time, those that are set meanwhile too. */
   advance(ms: number): void {
-    this.time += ms;
-    for (const timer of [...this.#timers]) {
-      if (timer.at > this.time || !this.#timers.delete(timer)) continue;
-      timer.action();
+    const end = this.time + ms;
+    for (;;) {
+      const [next] = [...this.#timers].sort((a, b) => a.at - b.at);
+      if (next === undefined || next.at > end) break;
+      this.#timers.delete(next);
+      this.time = Math.max(this.time, next.at);
+      next.action();
     }
+    this.time = end;
   }
 }

@@ -15,12 +15,12 @@ const device = await Device.open().catch(() => undefined);
 const capabilities = device && { ...device.capabilities, software: false };
 afterAll(() => device?.close());
 
-const hasUnits = capabilities && /^sgm/.test(pick(gemm, capabilities, { storage }));
+const hasUnits = capabilities && /^sgm/.test(pick(gemm, capabilities, { format: storage }).choice.variant);
 if (!hasUnits) console.log('[matrix] this adapter has no matrix units of a known shape: skipped');
 
 describe.skipIf(!hasUnits)('a forward on matrix units', () => {
   test.each(['sd1', 'sdxl'] as const)('of %s is right in every block', async (architecture) => {
-    expect(pick(attention, capabilities!, { headDim: 40, storage })).toMatch(/^sgm/);
+    expect(pick(attention, capabilities!, { headDim: 40, format: storage }).choice.variant).toMatch(/^sgm/);
     const fixture = readFixture(architecture);
     const [path, remove] = checkpointOf(fixture);
     const model = await loadWeights(device!, storage, path);

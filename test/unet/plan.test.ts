@@ -18,16 +18,16 @@ import { standInWeights } from './stand-in.ts';
  * more than the guaranteed 256 MiB in one buffer runs the larger ones one image at a time.
  */
 const PLANS: readonly (readonly [model: Model, size: number, dispatches: number, arenaMiB: number])[] = [
-  ['sd15', 64, 478, 76],
-  ['sd15-inpaint', 64, 478, 76],
-  ['sd21', 64, 478, 76],
-  ['sdxl', 128, 999, 281],
-  ['sdxl-inpaint', 128, 999, 281],
-  ['sdxl-refiner', 128, 758, 337],
-  ['ssd-1b', 128, 589, 281],
-  ['vega', 128, 380, 281],
-  ['koala-700m', 128, 364, 241],
-  ['koala-1b', 128, 484, 241],
+  ['sd15', 64, 417, 76],
+  ['sd15-inpaint', 64, 417, 76],
+  ['sd21', 64, 417, 76],
+  ['sdxl', 128, 953, 281],
+  ['sdxl-inpaint', 128, 953, 281],
+  ['sdxl-refiner', 128, 702, 337],
+  ['ssd-1b', 128, 546, 281],
+  ['vega', 128, 337, 281],
+  ['koala-700m', 128, 339, 241],
+  ['koala-1b', 128, 454, 241],
 ];
 const IMAGES = 2;
 /** What WebGPU guarantees everywhere. */
