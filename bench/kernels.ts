@@ -6,6 +6,7 @@ import { Device } from '../src/gpu/device.ts';
 import type { Storage } from '../src/gpu/kernel.ts';
 import { attentionCase } from '../test/kernels/attention.cases.ts';
 import type { Case } from '../test/kernels/case.ts';
+import { variantsOf } from '../test/kernels/cases.ts';
 import { gegluCase } from '../test/kernels/elementwise.cases.ts';
 import { gemmCase } from '../test/kernels/gemm.cases.ts';
 import type { GemmShape } from '../test/kernels/gemm_shapes.ts';
@@ -71,6 +72,12 @@ const CASES: readonly (readonly ['flops' | 'bytes', Case])[] = [
   ['flops', attention(4096, 40, 77)],
   ['bytes', groupNormCase({ name: 'group norm 320x64x64', tokens: 4096, channels: 320, silu: true })],
   ['bytes', layerNormCase({ name: 'layer norm 4096x320', rows: 4096, channels: 320 })],
+  // Of the residual stream, which is f32 in either storage: all layer norms of a UNet, and most group norms.
+  [
+    'bytes',
+    groupNormCase({ name: 'group norm of the stream', tokens: 4096, channels: 320, silu: true, wide: ['x'] }),
+  ],
+  ['bytes', layerNormCase({ name: 'layer norm of the stream', rows: 4096, channels: 320, wide: ['x'] })],
   ['bytes', gegluCase({ name: 'geglu 4096x1280', rows: 4096, inner: 1280 })],
 ];
 
@@ -105,7 +112,8 @@ export async function benchKernels(options: KernelBenchOptions): Promise<void> {
   const rows: Row[] = [];
   for (const [by, one] of CASES.filter(([, { name }]) => options.filter?.test(name) ?? true))
     for (const storage of options.storages.filter((s) => one.storages?.includes(s) ?? true)) {
-      const forced = options.variant && options.variant in one.kernel.variants ? options.variant : undefined;
+      const forced =
+        options.variant && variantsOf(one).includes(options.variant) ? options.variant : undefined;
       const measured = await measure(device, one, storage, { variant: forced, budgetMs: 1500 });
       const rate = rateOf(by, measured, measured.ms);
       const coreRate = measured.coreMs && rateOf(by, measured, measured.coreMs);

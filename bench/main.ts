@@ -42,7 +42,7 @@ program
   .option('--only <pattern>', 'only stages whose name matches this regular expression')
   .option('--python <path>', 'an interpreter that has PyTorch and what ComfyUI imports')
   .option('--minutes <count>', 'the longest that a stage may take', Number, 15)
-  .option('--json <file>', 'where to write everything', 'bench/results/device.json')
+  .option('--json <file>', 'where to write everything; .cache/bench/device/device.json unless given')
   .option('--adapter <name>', 'part of the name of the adapter')
   .action(({ only, ...options }) => benchDevice({ ...options, only: new RegExp(only ?? '') }));
 
@@ -96,7 +96,7 @@ program
 
 program
   .command('peers')
-  .description('the same works by onnxruntime, PyTorch and ncnn on this machine, which it installs, and here')
+  .description('the same works by other engines on this machine, which it installs, and here')
   .option('--filter <pattern>', 'only works whose name matches this regular expression')
   .option('--peers <pattern>', 'only peers whose name matches this regular expression')
   .option('--steps', 'instead: steps of two images for a GPU, SD 1.5 at 512x512 and SDXL at 1024x1024')

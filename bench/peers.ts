@@ -165,7 +165,7 @@ function show(row: Row): void {
   const ms = (value: number): string => value.toFixed(value < 10 ? 2 : 1).padStart(10);
   const times = (ratio: Ratio): string => `${ratio.median.toFixed(2)}x`.padStart(9);
   console.log(
-    `${row.work.padEnd(24)} ${row.peer.padEnd(20)}${row.storage.padEnd(4)}${ms(row.peerMs)}${ms(row.oursMs)}` +
+    `${row.work.padEnd(24)} ${row.peer.padEnd(24)}${row.storage.padEnd(4)}${ms(row.peerMs)}${ms(row.oursMs)}` +
       `${times(row.ratio)} (${row.ratio.low.toFixed(2)} to ${row.ratio.high.toFixed(2)})`.padEnd(27) +
       `${times(row.coreRatio)}   ${row.difference.toExponential(1)}`,
   );
@@ -218,7 +218,7 @@ export async function benchPeers(options: PeersBenchOptions): Promise<void> {
   device.close();
   console.log(`medians of ${options.rounds} rounds in turns, in ms; processor: ratio of processor time`);
   console.log(
-    `${'work'.padEnd(25)}${'peer'.padEnd(20)}ours${'peer ms'.padStart(10)}${'ours ms'.padStart(10)}` +
+    `${'work'.padEnd(25)}${'peer'.padEnd(24)}ours${'peer ms'.padStart(10)}${'ours ms'.padStart(10)}` +
       `${'ratio'.padStart(9)}${''.padEnd(17)}${'processor'.padStart(10)}   difference`,
   );
   const rows: Row[] = [];

@@ -2,6 +2,7 @@
  * Forwards of the full-size UNets: time, share of the adapter's peak and of its roofline, what each family of kernels takes,
  * and what encoding costs on the CPU.
  */
+import { existsSync } from 'node:fs';
 import { cpus } from 'node:os';
 import { Engine } from '../src/engine/engine.ts';
 import { tunedChoices } from '../src/engine/tuning.ts';
@@ -193,6 +194,8 @@ function show(row: Row, peaks: Peaks): void {
 
 export async function benchUNet(options: UNetBenchOptions): Promise<void> {
   const { model, sizes, batches, storage, tuning = false, adapter } = options;
+  // An engine goes on without such a file; figures that are called tuned must not.
+  if (tuning && !existsSync(tuning)) throw new Error(`${tuning} is not there: nothing was tuned`);
   const device = await Device.open({ adapter });
   const facts = factsOf(device.adapter);
   const peaks = await measurePeaks(device, options);

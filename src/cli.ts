@@ -13,9 +13,17 @@ import { type FoundFile, listFiles, openFolders } from './server/folders.ts';
 import { checkListen } from './server/guard.ts';
 import { createLog, type Logger } from './server/log.ts';
 import { type RunningServer, serve, serverName } from './server/serve.ts';
-import { applyFile, count, modelsOption, type Settings, serveOptions, strangeVariables } from './settings.ts';
+import {
+  applyFile,
+  count,
+  modelsOption,
+  type Settings,
+  serveOptions,
+  strangeVariables,
+  tuneOptions,
+} from './settings.ts';
 import { type TopOptions, top } from './top.ts';
-import { type TuneFlags, tuneOptions } from './tune/options.ts';
+import type { TuneFlags } from './tune/command.ts';
 import { inspectUNet } from './unet/detect.ts';
 
 async function runServe(settings: Settings): Promise<void> {
@@ -70,7 +78,7 @@ async function runServe(settings: Settings): Promise<void> {
   }
   endOnSignal(server, engine, log);
   const { name: device, backend, tuned } = engine.device;
-  log.info({ device, backend, ...(tuned ? { tuned } : {}), url: server.url }, serverName());
+  log.info({ device, backend, ...(tuned === undefined ? {} : { tuned }), url: server.url }, serverName());
   process.stdout.write(`unetd listening on ${server.url}\n`);
 }
 

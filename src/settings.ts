@@ -1,5 +1,5 @@
 /**
- * The settings of `unetd serve`: one table of options, and where their values come from. Flags win over the environment
+ * The settings of `unetd serve`, and those of `unetd tune` beside them: one table of options each, and where their values come from. Flags win over the environment
  * (`UNETD_*`), that over a JSON file (`--config`), that over the defaults. Starts nothing.
  */
 import { readFileSync } from 'node:fs';
@@ -11,6 +11,7 @@ import { LOG_LEVELS, type LogLevel } from './server/log.ts';
 import type { DtypeChoice } from './server/protocol.ts';
 import { DEFAULTS } from './server/serve.ts';
 import { parseStrictJson, type StrictJson, type StrictJsonObject } from './strict-json.ts';
+import { ARCHITECTURE_NAMES } from './tune/stand-in.ts';
 
 /** Their names are those of the flags in camel case, and the keys of the file. */
 export interface Settings {
@@ -125,6 +126,43 @@ export function serveOptions(): readonly Option[] {
   ];
   for (const option of options) option.env(variableOf(option));
   return options;
+}
+
+/** Settings of a server that measuring for it takes as well. */
+const SHARED: ReadonlySet<string> = new Set(['dtype', 'adapter', 'tuning']);
+
+const images: (text: string) => number = count(1, 1024);
+const pixels: (text: string) => number = count(1, 4096);
+
+const list =
+  <T>(parse: (text: string) => T) =>
+  (text: string): readonly T[] =>
+    text.split(',').map(parse);
+
+function size(text: string): readonly [number, number] {
+  const [height, width, more] = text.split('x');
+  if (height !== undefined && width !== undefined && more === undefined)
+    return [pixels(height), pixels(width)];
+  throw new InvalidArgumentError('Give sizes in latent pixels, height and width, like 64x64,96x64.');
+}
+
+/** All options of `unetd tune`. */
+export function tuneOptions(): readonly Option[] {
+  return [
+    new Option('--model <file>', 'model to measure with; random weights unless told'),
+    new Option('--like <name>', 'whose shape random weights have')
+      .choices(ARCHITECTURE_NAMES)
+      .default('sd15'),
+    new Option(
+      '--size <sizes>',
+      'latent pixels, like 64x64,96x64; what the model was trained for unless told',
+    ).argParser(list(size)),
+    new Option('--batch <images>', 'images of a forward, like 1,2')
+      .argParser(list(images))
+      .default([1, 2], '1,2'),
+    new Option('--rounds <count>', 'measurements of each candidate').argParser(count(1, 1000)).default(5),
+    ...serveOptions().filter((option) => SHARED.has(option.attributeName())),
+  ];
 }
 
 /** `UNETD_MAX_BATCH` of `--max-batch`. */

@@ -11,7 +11,7 @@ import { type Job, PEERS } from './works.ts';
 const VENV = `${PEERS}venv`;
 const REFERENCE = `${ROOT}.cache/reference-env/venv`;
 
-/** Has onnx and ncnn; and PyTorch, once `reference` is installed. */
+/** Has onnx, ncnn and tinygrad; and PyTorch, once `reference` is installed. */
 export const PYTHON: string = `${VENV}/bin/python`;
 
 const ONNXRUNTIME = 'onnxruntime-node@1.30.0';

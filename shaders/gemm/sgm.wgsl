@@ -1,4 +1,4 @@
-// out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z.
+// out[z, m, n] = epilogue(sum_k A[z, m, k] W[n, k] + sum_r T[z, m, r] Up[n, r]), one image per grid.z; K may be cut (place.wgsl).
 // W is packed [n / 32][k][32]. For adapters with matrix units (subgroup matrices of MATRIX_M x MATRIX_N x MATRIX_K): a
 // workgroup of 2x2 subgroups computes 64 rows x 64 columns (two panels; with GATED one and its gates), a subgroup 32 x 32 of
 // them. Slices of DEPTH k lie in workgroup memory as factors; the next one is read from the buffers while the matrix units
@@ -98,21 +98,21 @@ fn put(slice: Slice, index: u32) {
 @compute @workgroup_size(WORKGROUP)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) index: u32,
     @builtin(subgroup_id) subgroup: u32) {
-  let image = p.image0 + group.z;
+  let place = placeOf(group);
   let panels = vec2u(panelOf(group.x, 0u), panelOf(group.x, 1u));
-  let tile = Tile(image, group.y * SIDE, panels, loraBlocks(image));
+  let tile = Tile(place.image, place.m0, panels, loraBlocks(place.image));
   let down = subgroup / 2u * PART;
   let across = subgroup % 2u * PART;
   var acc: array<array<Result, ACROSS>, DOWN>;
 
   let tapSteps = (p.kQuads + quadsOf(0u) - 1u) / quadsOf(0u);
   let loraSteps = (tile.blocks.y * 2u + quadsOf(TAPS) - 1u) / quadsOf(TAPS);
-  let steps = TAPS * tapSteps + loraSteps;
-  var tap = 0u;
-  var step = 0u;
-  var sources = seekRows(tile, index, 0u);
-  var slice = fetch(tile, index, sources, 0u, 0u);
-  for (var s = 0u; s < steps; s++) {
+  let steps = stepsOf(place, TAPS * tapSteps + loraSteps);
+  var tap = min(steps.x / tapSteps, TAPS);
+  var step = steps.x - tap * tapSteps;
+  var sources = seekRows(tile, index, min(tap, TAPS - 1u));
+  var slice = fetch(tile, index, sources, tap, step);
+  for (var s = steps.x; s < steps.y; s++) {
     workgroupBarrier();
     put(slice, index);
     workgroupBarrier();
@@ -123,7 +123,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
       step = 0u;
       if (tap < TAPS) { sources = seekRows(tile, index, tap); }
     }
-    if (s + 1u < steps) { slice = fetch(tile, index, sources, tap, step); }
+    if (s + 1u < steps.y) { slice = fetch(tile, index, sources, tap, step); }
     for (var k = 0u; k < DEPTH; k += MATRIX_K) {
       var left = array<Left, DOWN>();
       for (var r = 0u; r < DOWN; r++) {
@@ -152,7 +152,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) in
         for (var j = 0u; j < PANELS; j++) { v[j] = sums[(owner + j) * 4u * MATRIX_M + at]; }
         let panel = outPanelOf(group.x, owner % 2u);
         let m = tile.row + owner / 2u * PART + r * MATRIX_M + at / 4u;
-        if (panel < p.panels) { store(image, m, (p.panel0 + panel) * 8u + c * MATRIX_N / 4u + at % 4u, v); }
+        if (panel < p.panels) { store(place.slab, m, (p.panel0 + panel) * 8u + c * MATRIX_N / 4u + at % 4u, v); }
       }
     }
   }

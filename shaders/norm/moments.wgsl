@@ -1,19 +1,26 @@
 // Per-channel mean and sum of squared deviations over a chunk of tokens, the first step of a group norm:
 //   mean[image, chunk, c] = sum_t x[image, t, c] / tokens of the chunk
 //   m2[image, chunk, c]   = sum_t (x[image, t, c] - mean)^2
-// x is two tensors side by side: 4*split channels of x, the rest of x2 (absent: split = quads). A workgroup owns LANES quads
-// of channels and one chunk, and each of its ROWS rows every ROWS-th token; all is read once. moments
-// [image][chunk][2][quads] in f32.
-
-// Tokens of a turn: loads in flight, and on software drivers fewer turns, each of which masks all that it carries.
-const TURN = 4u;
+// x and who owns what of it as in source.wgsl; all is read once. moments [image][chunk][2][quads] in f32.
 
 var<workgroup> sums: array<vec4f, LANES * ROWS>;
 var<workgroup> squared: array<vec4f, LANES * ROWS>;
 
-fn at(row: u32, quad: u32) -> vec4f {
-  if (HAS_x2 && quad >= p.split) { return load_x2(row * (p.quads - p.split) + quad - p.split); }
-  return load_x(row * p.split + quad);
+// Sums over the rows of a workgroup, for those of its first.
+fn reduced(index: u32, sum: vec4f, squares: vec4f) -> array<vec4f, 2> {
+  if (ROWS == 1u) { return array(sum, squares); }
+  sums[index] = sum;
+  squared[index] = squares;
+  for (var step = LANES * ROWS / 2u; step >= LANES; step /= 2u) {
+    workgroupBarrier();
+    if (index < step) {
+      sums[index] += sums[index + step];
+      squared[index] += squared[index + step];
+    }
+  }
+  let all = array(sums[index], squared[index]);
+  workgroupBarrier();
+  return all;
 }
 
 @compute @workgroup_size(LANES, ROWS)
@@ -22,40 +29,28 @@ fn main(
   @builtin(local_invocation_id) id: vec3u,
   @builtin(local_invocation_index) index: u32,
 ) {
-  let quad = min(group.x * LANES + id.x, p.quads - 1u);
-  let chunk = group.y;
-  let start = group.z * p.tokens;
-  let first = start + chunk * p.chunkTokens;
-  let last = min(first + p.chunkTokens, start + p.tokens);
+  let rows = rowsOf(group.z, group.y);
+  let quad = group.x * LANES * COLUMNS + id.x;
   // Summed as distances from the first token. A large common offset costs no digits, and as the origin is one of the n
   // values, even an outlier costs no more than a factor n of the roundoff (Chan, Golub, LeVeque 1983).
-  let origin = at(first, quad);
-  var sum = vec4f(0.0);
-  var squares = vec4f(0.0);
-  for (var row = first + id.y; row < last; row += TURN * ROWS) {
-    for (var i = 0u; i < TURN; i++) {
-      let v = at(min(row + i * ROWS, last - 1u), quad) - origin;
-      let d = select(vec4f(0.0), v, row + i * ROWS < last);
-      sum += d;
-      squares += d * d;
+  var origin = array<vec4f, COLUMNS>();
+  var sum = array<vec4f, COLUMNS>();
+  var squares = array<vec4f, COLUMNS>();
+  for (var c = 0u; c < COLUMNS; c++) { origin[c] = at(rows[0], min(quad + c * LANES, p.quads - 1u)); }
+  for (var row = rows[0] + id.y; row < rows[1]; row += ROWS) {
+    for (var c = 0u; c < COLUMNS; c++) {
+      let d = at(row, min(quad + c * LANES, p.quads - 1u)) - origin[c];
+      sum[c] += d;
+      squares[c] += d * d;
     }
   }
-  if (ROWS > 1u) {
-    sums[index] = sum;
-    squared[index] = squares;
-    for (var step = ROWS / 2u; step > 0u; step /= 2u) {
-      workgroupBarrier();
-      if (id.y < step) {
-        sums[index] += sums[index + step * LANES];
-        squared[index] += squared[index + step * LANES];
-      }
+  let n = f32(rows[1] - rows[0]);
+  let base = (group.z * p.chunks + group.y) * 2u * p.quads + quad;
+  for (var c = 0u; c < COLUMNS; c++) {
+    let all = reduced(index, sum[c], squares[c]);
+    if (id.y == 0u && quad + c * LANES < p.quads) {
+      moments[base + c * LANES] = origin[c] + all[0] / n;
+      moments[base + c * LANES + p.quads] = max(all[1] - all[0] * all[0] / n, vec4f(0.0));
     }
-    sum = sums[index];
-    squares = squared[index];
   }
-  if (id.y > 0u || group.x * LANES + id.x >= p.quads) { return; }
-  let n = f32(last - first);
-  let base = (group.z * p.chunks + chunk) * 2u * p.quads + quad;
-  moments[base] = origin + sum / n;
-  moments[base + p.quads] = max(squares - sum * sum / n, vec4f(0.0));
 }

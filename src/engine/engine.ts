@@ -60,7 +60,7 @@ export class Engine implements EngineApi {
   readonly #stopwatch: Stopwatch | undefined;
   readonly #readback: Readback;
   readonly #options: EngineOptions;
-  readonly #choices: Choices;
+  readonly #choices: Choices | undefined;
   readonly #budget: Budget;
   readonly #models = new HeldModels();
   readonly #turnover = { modelLoads: 0, modelEvictions: 0, adapterLoads: 0, adapterEvictions: 0 };
@@ -76,8 +76,8 @@ export class Engine implements EngineApi {
     this.#options = options;
     const { name, backend, features } = device.adapter;
     this.#choices = tunedChoices(device.adapter, options.tuning);
-    const tuned = this.#choices.size;
-    this.device = { name, backend, features, ...(tuned > 0 ? { tuned } : {}) };
+    const tuned = this.#choices && { tuned: this.#choices.size };
+    this.device = { name, backend, features, ...tuned };
     this.#arena = new Arena(device, 'arena');
     this.#scratch = new Arena(device, 'lora scratch');
     this.#work = new PatchWork(device);
@@ -136,14 +136,16 @@ export class Engine implements EngineApi {
   }
 
   forward(batch: Batch): Promise<BatchResult> {
-    return this.#using(batch.model, () => this.#turns.take((submitted) => this.#forward(batch, submitted)));
+    return this.#using(batch.model, (held) =>
+      this.#turns.take((submitted) => this.#forward(held, batch, submitted)),
+    );
   }
 
   /** Timestamps of each dispatch of one forward of the batch. */
   profile(batch: Batch): Promise<readonly Timing[]> {
-    return this.#using(batch.model, () =>
+    return this.#using(batch.model, (held) =>
       this.#turns.take(() => {
-        const { model, requests, config, loras } = this.#prepare(batch);
+        const { model, requests, config, loras } = this.#prepare(held, batch);
         return model.profile(shapeOf(requests), feedsOf(config, model.storage, requests), loras);
       }),
     );
@@ -151,9 +153,9 @@ export class Engine implements EngineApi {
 
   /** What the kernels of a forward of the batch are chosen among. */
   decisions(batch: Batch): Promise<readonly Decision[]> {
-    return this.#using(batch.model, () =>
+    return this.#using(batch.model, (held) =>
       this.#turns.take(() => {
-        const { model, requests } = this.#prepare(batch);
+        const { model, requests } = this.#prepare(held, batch);
         return model.decisions(shapeOf(requests));
       }),
     );
@@ -272,8 +274,8 @@ export class Engine implements EngineApi {
     }
   }
 
-  async #forward(batch: Batch, submitted: () => void): Promise<BatchResult> {
-    const { model, requests, config, loras } = this.#prepare(batch);
+  async #forward(held: Held, batch: Batch, submitted: () => void): Promise<BatchResult> {
+    const { model, requests, config, loras } = this.#prepare(held, batch);
     const shape = shapeOf(requests);
     const most = this.#options.maxBatch ?? Number.POSITIVE_INFINITY;
     if (shape.images > most)
@@ -295,8 +297,7 @@ export class Engine implements EngineApi {
     return { outs: outsOf(config, requests, out), gpuMs };
   }
 
-  #prepare({ model: name, requests: given }: Batch) {
-    const held = this.#models.get(name);
+  #prepare(held: Held, { model: name, requests: given }: Batch) {
     this.#models.touch(held);
     const { config } = held.info;
     const requests = given.map((request) => checkStep(config, request, name));

@@ -43,8 +43,8 @@ export interface Shared {
   /** Undefined where the adapter has no timestamps. */
   readonly stopwatch: Stopwatch | undefined;
   readonly turnover: AdapterTurnover;
-  /** Measured on the device. */
-  readonly choices: Choices;
+  /** Measured on the device, where it was. */
+  readonly choices: Choices | undefined;
 }
 
 interface ReadyPlan {
@@ -75,7 +75,7 @@ export class LoadedModel {
   readonly #patched: PatchedWeights;
   readonly #table: Arena;
   readonly #plans = new Map<string, ReadyPlan>();
-  #choices: Choices;
+  #choices: Choices | undefined;
 
   /**
    * `poolBytes` bounds the adapters, and what is kept of patched weights as well; the pool is cut into so many pages that the

@@ -91,7 +91,7 @@ export interface DeviceInfo {
   readonly name: string;
   readonly backend: string;
   readonly features: readonly string[];
-  /** How many choices of kernels are known from measuring on this device; left out where there are none. */
+  /** How many choices of kernels measuring on this device has changed; left out where it was not measured. */
   readonly tuned?: number;
 }
 

@@ -34,6 +34,8 @@ export interface VariantSpec {
   /** Files after the option files; the last one holds `main`. Paths below `shaders/`. */
   readonly files: readonly string[];
   readonly constants?: Readonly<Record<string, number | boolean>>;
+  /** Choices that the variant is written for, of options that it does not take all of. */
+  readonly choices?: Readonly<Record<string, readonly string[]>>;
   /** The variant relies on subgroups of exactly this many lanes. */
   readonly subgroupSize?: number;
   /** The variant multiplies with matrix units of this shape: constants MATRIX_M, MATRIX_N and MATRIX_K of its module. */
@@ -64,6 +66,8 @@ export const isSoftware = (name: string): boolean => /llvmpipe|swiftshader/i.tes
 /** How one use of a kernel is run, among several ways that give the same result. */
 export interface Choice {
   readonly variant: string;
+  /** Parts that the K of a GEMM is cut into; one unless told. */
+  readonly splits?: number;
 }
 
 /** By point: what was measured to be the fastest there. */
@@ -89,7 +93,7 @@ export interface Capabilities {
   readonly maxBufferBytes: number;
   readonly offsetAlignment: number;
   /** Measured on this very adapter; they win over the rules. */
-  readonly tuned?: Choices;
+  readonly tuned?: Choices | undefined;
 }
 
 /** Whether an adapter runs a variant, and without rounding what is stored as `storage`. */

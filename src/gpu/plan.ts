@@ -10,7 +10,7 @@ import { recipeOf } from './link.ts';
 import { PARAMS_BYTES, writeParams } from './params.ts';
 import { checkLimits, dispatchesOf, layOut, type PlanSpec } from './spec.ts';
 import type { Part } from './substitutes.ts';
-import { type Ready, type ReadyStep, type Run, readyOf, readyStep, type Turn, walk } from './walk.ts';
+import { type Ready, type ReadyStep, type Run, readyOf, readyStep, type Visit, walk } from './walk.ts';
 
 export type { PlanSpec, Step } from './spec.ts';
 export type { Run, SlotBlocks } from './walk.ts';
@@ -89,7 +89,11 @@ export class Plan {
 
   /** Dispatches of a run without low-rank terms. */
   get dispatchCount(): number {
-    return [...this.#walk({})].length;
+    let count = 0;
+    this.#walk({}, () => {
+      count += 1;
+    });
+    return count;
   }
 
   /** Puts bytes into a feed; call before `run`, after the arena has room. */
@@ -110,18 +114,19 @@ export class Plan {
       label: this.label,
       ...(timestampWrites ? { timestampWrites } : {}),
     });
-    for (const turn of this.#walk(run)) this.#dispatch(pass, turn);
+    this.#walk(run, (...turn) => this.#dispatch(pass, ...turn));
     pass.end();
   }
 
   /** Runs the plan with a pass and two timestamps per dispatch; slower than `encode`. Needs timestamp-query. */
   async profile(run: Run = {}): Promise<readonly Timing[]> {
     const { gpu } = this.#device;
-    const walk = [...this.#walk(run)];
+    const turns: Parameters<Visit>[] = [];
+    this.#walk(run, (...turn) => turns.push(turn));
     const perSet = 2048;
     const timings: Timing[] = [];
-    for (let start = 0; start < walk.length; start += perSet) {
-      const part = walk.slice(start, start + perSet);
+    for (let start = 0; start < turns.length; start += perSet) {
+      const part = turns.slice(start, start + perSet);
       const querySet = gpu.createQuerySet({ type: 'timestamp', count: part.length * 2 });
       const resolved = this.#device.createBuffer(
         'timestamps',
@@ -136,14 +141,14 @@ export class Plan {
           endOfPassWriteIndex: 2 * i + 1,
         };
         const pass = encoder.beginComputePass({ timestampWrites });
-        this.#dispatch(pass, turn);
+        this.#dispatch(pass, ...turn);
         pass.end();
       });
       encoder.resolveQuerySet(querySet, 0, part.length * 2, resolved, 0);
       gpu.queue.submit([encoder.finish()]);
       const bytes = await this.#device.read(resolved, 0, part.length * 16);
       const times = new BigUint64Array(bytes.buffer, bytes.byteOffset, part.length * 2);
-      part.forEach(({ ready: { dispatch } }, i) => {
+      part.forEach(([{ dispatch }], i) => {
         const ms = Number(times[2 * i + 1]! - times[2 * i]!) / 1e6;
         const { label, kernel, variant, decision, flops } = dispatch;
         timings.push({ label, kernel: kernel.name, variant, point: decision?.point, ms, flops });
@@ -163,7 +168,7 @@ export class Plan {
     return this.#steps.flatMap(readyOf);
   }
 
-  *#walk(run: Run): Generator<Turn> {
+  #walk(run: Run, visit: Visit): void {
     if (this.#generation !== this.#device.generation) {
       for (const ready of this.#all()) {
         ready.bindGroup = undefined;
@@ -171,10 +176,10 @@ export class Plan {
       }
       this.#generation = this.#device.generation;
     }
-    for (const step of this.#steps) yield* walk(step, run);
+    for (const step of this.#steps) walk(step, run, visit);
   }
 
-  #dispatch(pass: GPUComputePassEncoder, { ready, grid, part }: Turn): void {
+  #dispatch(pass: GPUComputePassEncoder, ...[ready, grid, part]: Parameters<Visit>): void {
     for (const substitute of part?.substitutes.values() ?? []) substitute.ready(pass);
     pass.setPipeline(ready.compiled.pipeline);
     pass.setBindGroup(0, part ? this.#bindPart(ready, part) : this.#bindWhole(ready));

@@ -4,33 +4,35 @@
  */
 import {
   type Capabilities,
+  type Choice,
   ceilDiv,
+  type Decision,
   type Dispatch,
   defineKernel,
   type Kernel,
   type Operand,
 } from '../gpu/kernel.ts';
+import {
+  EPILOGUE,
+  type EpilogueArgs,
+  epilogueConstants,
+  epilogueOperands,
+  epilogueParams,
+} from './epilogue.ts';
 import { lanesOf, MATRIX_VARIANTS, matrixVariants } from './matrix.ts';
 import { choiceOf, PANEL, W_FILES, type WeightFormat } from './panel.ts';
-import { pick, type Shape } from './pick.ts';
+import { pick, type Shape, type Ways } from './pick.ts';
 
 /** Ranks of one low-rank block. */
 export const RANK_BLOCK = 8;
 
 const A_FILES = { linear: 'gemm/a_linear.wgsl', concat: 'gemm/a_concat.wgsl', conv3: 'gemm/a_conv3.wgsl' };
 
-/** What every variant ends with. */
-const EPILOGUE = ['lib/phi.wgsl', 'gemm/store.wgsl'] as const;
-
 const PARAMS = {
-  m: 'u32',
+  ...EPILOGUE.params,
   kQuads: 'u32',
-  nQuads: 'u32',
+  kSplits: 'u32',
   panels: 'u32',
-  segmentQuads: 'u32',
-  segmentStride: 'u32',
-  addQuads: 'u32',
-  addStride: 'u32',
   panel0: 'u32',
   split: 'u32',
   slotRow: 'u32',
@@ -49,9 +51,7 @@ export const gemm: Kernel = defineKernel({
     x: { type: 'array<Quad>', access: 'read_write' },
     x2: { type: 'array<Quad>', access: 'read_write', optional: true },
     w: { type: 'array<Weights>', access: 'read' },
-    bias: { type: 'array<vec4f>', access: 'read', optional: true },
-    add: { type: 'array<Quad>', access: 'read_write', optional: true },
-    out: { type: 'array<Quad>', access: 'read_write' },
+    ...EPILOGUE.bindings,
     t: { type: 'array<vec4f>', access: 'read_write', optional: true },
     up: { type: 'array<Quad>', access: 'read', optional: true },
     table: { type: 'array<vec4u>', access: 'read', optional: true },
@@ -62,25 +62,43 @@ export const gemm: Kernel = defineKernel({
     lora: { none: 'gemm/lora_none.wgsl', blocks: 'gemm/lora_blocks.wgsl' },
     w: W_FILES,
   },
-  constants: { SILU: false, ADD_PER_ROW: true, GATED: false, LANES: 32 },
+  constants: { ...EPILOGUE.constants, LANES: 32 },
   variants: {
-    broadcast32: { files: [...EPILOGUE, 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'], subgroupSize: 8 },
+    broadcast32: {
+      files: [...EPILOGUE.files, 'gemm/rows32.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
+      subgroupSize: 8,
+    },
     broadcast8: {
-      files: [...EPILOGUE, 'gemm/broadcast8.wgsl'],
+      files: [...EPILOGUE.files, 'gemm/broadcast8.wgsl'],
       constants: { WORKGROUP: 64 },
       subgroupSize: 8,
     },
-    tile: { files: [...EPILOGUE, 'gemm/two_panels.wgsl', 'gemm/tile.wgsl'] },
-    ...matrixVariants([...EPILOGUE, 'gemm/two_panels.wgsl', 'gemm/sgm.wgsl']),
+    winograd: {
+      files: [...EPILOGUE.files, 'gemm/spread.wgsl', 'gemm/winograd.wgsl'],
+      choices: { a: ['conv3'] },
+      subgroupSize: 8,
+    },
+    tile: { files: [...EPILOGUE.files, 'gemm/place.wgsl', 'gemm/tile.wgsl'] },
+    ...matrixVariants([...EPILOGUE.files, 'gemm/place.wgsl', 'gemm/sgm.wgsl']),
   },
 });
 
-/** What a workgroup computes: panels of out (or one panel and its gates), rows. */
-const TILES: Readonly<Record<string, { readonly panels: number; readonly rows: number }>> = {
-  broadcast32: { panels: 1, rows: 32 },
-  broadcast8: { panels: 1, rows: 64 },
-  tile: { panels: 2, rows: 64 },
-  ...Object.fromEntries(MATRIX_VARIANTS.map((variant) => [variant, { panels: 2, rows: 64 }])),
+interface Tile {
+  readonly panels: number;
+  readonly rows: number;
+  readonly cutsK: boolean;
+}
+
+/**
+ * What a workgroup computes: panels of out (or one panel and its gates), rows, of `winograd` runs of rows; and whether it can
+ * do so for a part of K.
+ */
+export const TILES: Readonly<Record<string, Tile>> = {
+  broadcast32: { panels: 1, rows: 32, cutsK: false },
+  broadcast8: { panels: 1, rows: 64, cutsK: false },
+  winograd: { panels: 1, rows: 16, cutsK: false },
+  tile: { panels: 2, rows: 64, cutsK: true },
+  ...Object.fromEntries(MATRIX_VARIANTS.map((variant) => [variant, { panels: 2, rows: 64, cutsK: true }])),
 };
 
 export const loraDown: Kernel = defineKernel({
@@ -97,7 +115,7 @@ export const loraDown: Kernel = defineKernel({
   constants: { ROWS: 1 },
   variants: {
     broadcast: {
-      files: ['gemm/spread.wgsl', 'gemm/lora_down_broadcast.wgsl'],
+      files: ['gemm/rows32.wgsl', 'gemm/spread.wgsl', 'gemm/lora_down_broadcast.wgsl'],
       subgroupSize: 8,
     },
     rows: { files: ['gemm/lora_down_rows.wgsl', 'gemm/lora_down.wgsl'], constants: { ROWS: 4 } },
@@ -119,43 +137,32 @@ export type Rows =
       readonly stride: 1 | 2;
     };
 
-/**
- * How columns lie in a tensor of several layers: segment after segment of so many columns, each [image, m, columns] and
- * `strideQuads` behind the one before.
- */
-export interface Segments {
-  readonly columns: number;
-  readonly strideQuads: number;
+/** How a GEMM is computed. Results of one choice differ from those of another by rounding only. */
+export interface GemmChoice extends Choice {
+  /** Parts that K is cut into; more than one where the variant can (`TILES`). */
+  readonly splits: number;
+  /** What it was chosen from. */
+  readonly decision?: Decision | undefined;
 }
 
-export interface GemmArgs {
-  readonly label: string;
-  readonly images: number;
-  /** Rows of one image (tokens or output pixels). */
-  readonly m: number;
+/** Sizes of a layer that its choice depends on. */
+export type GemmSizes = Pick<GemmArgs, 'images' | 'm' | 'n' | 'gated' | 'channels' | 'rows' | 'format'>;
+
+export interface GemmArgs extends EpilogueArgs {
   /** Input channels of one tap, a multiple of 8. */
   readonly channels: number;
-  /** Stored output columns, a multiple of 4. */
-  readonly n: number;
   readonly rows: Rows;
   readonly x: Operand;
-  readonly out: Operand;
-  /** Of `out`; one segment of all columns unless told. */
-  readonly segments?: Segments | undefined;
-  /** Packed weights, [n / 32][taps * channels][32]; all of them, or the panels from `panel0` on. */
+  /** Packed weights, [n / 32][taps * channels][32]; all of them, or the panels from `panel0` on. With `gated`, all. */
   readonly w: Operand;
   /** How `w` is stored: Quads unless told. */
   readonly format?: WeightFormat | undefined;
   readonly panel0?: number;
   readonly panels?: number;
-  readonly bias?: Operand | undefined;
-  /** Added to the result: [image, m, n], or [image, n] with `addPerImage`, in `addSegments`. */
-  readonly add?: Operand | undefined;
-  readonly addSegments?: Segments | undefined;
-  readonly addPerImage?: boolean | undefined;
-  readonly silu?: boolean | undefined;
-  /** GEGLU: the layer has 2 * n columns, a multiple of 32 each of values and of gates, all of them in `w`. */
-  readonly gated?: boolean | undefined;
+  /** The variant of the rules, K in one piece, unless told. */
+  readonly choice?: GemmChoice | undefined;
+  /** Where K is cut: room for the sums of its parts, `partialsOf` values of f32. */
+  readonly partials?: Operand | undefined;
 }
 
 /** Where the low-rank terms of a layer live; see `shaders/gemm/lora_blocks.wgsl`. */
@@ -166,18 +173,24 @@ export interface LoraOperands {
   readonly t: Operand;
 }
 
-const tapsOf = (rows: Rows): number => (rows.kind === 'conv3' ? 9 : 1);
+export const tapsOf = (rows: Rows): number => (rows.kind === 'conv3' ? 9 : 1);
+
+/** Panels of out that a dispatch computes. */
+export const panelsOf = ({ n, panels }: GemmArgs): number => panels ?? ceilDiv(n, PANEL);
+
+/** Runs of up to four output pixels side by side, which `winograd` computes; 0 where it cannot. */
+const runsOf = ({ m, rows }: GemmSizes): number =>
+  rows.kind === 'conv3' && rows.stride === 1 ? (m / rows.outWidth) * ceilDiv(rows.outWidth, 4) : 0;
 
 function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
   const { rows } = args;
   const conv = rows.kind === 'conv3' ? rows : undefined;
   return {
-    m: args.m,
+    ...epilogueParams(args),
     kQuads: args.channels / 4,
-    nQuads: args.n / 4,
-    panels: args.panels ?? ceilDiv(args.n, PANEL),
+    kSplits: args.choice?.splits ?? 1,
+    panels: panelsOf(args),
     panel0: args.panel0 ?? 0,
-    ...segmentParams(args),
     split: rows.kind === 'concat' ? rows.splitChannels / 4 : 0,
     slotRow: slot * args.images,
     image0: 0,
@@ -190,67 +203,55 @@ function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
   };
 }
 
-function segmentParams({ n, segments, addSegments }: GemmArgs): Record<string, number> {
-  const whole = { columns: n, strideQuads: 0 };
-  const out = segments ?? whole;
-  const add = addSegments ?? whole;
-  return {
-    segmentQuads: out.columns / 4,
-    segmentStride: out.strideQuads,
-    addQuads: add.columns / 4,
-    addStride: add.strideQuads,
-  };
-}
-
 /** What the choice of a variant depends on, of the layer and of its down projection alike. */
-const shapeOf = ({ format = 'f32', images, rows, m, channels }: GemmArgs): Shape => ({
-  format,
-  a: rows.kind,
-  images,
-  rows: m,
-  depth: tapsOf(rows) * channels,
+const shapeOf = (args: GemmSizes): Shape => ({
+  format: args.format ?? 'f32',
+  a: args.rows.kind,
+  images: args.images,
+  rows: args.m,
+  runs: runsOf(args),
+  depth: tapsOf(args.rows) * args.channels,
 });
 
 const sources = ({ x, rows }: GemmArgs): Record<string, Operand> =>
   rows.kind === 'concat' ? { x, x2: rows.x2 } : { x };
 
-/** The layer itself; with `lora`, also the up projection of its low-rank terms, whose T `loraDownOf` makes first. */
-export function gemmOf(
-  args: GemmArgs,
-  capabilities: Capabilities,
-  lora?: LoraOperands,
-  variant?: string,
-): Dispatch {
+/** How a layer is computed, K in one piece unless there are other `ways`. */
+export function pickGemm(sizes: GemmSizes, capabilities: Capabilities, ways?: Ways): GemmChoice {
+  const columns = (sizes.gated ? 2 : 1) * sizes.n;
+  const { choice, decision } = pick(gemm, capabilities, { ...shapeOf(sizes), columns }, undefined, ways);
+  return { splits: 1, ...choice, decision };
+}
+
+/**
+ * The layer itself; with `lora`, also the up projection of its low-rank terms, whose T `loraDownOf` makes first. Where K is cut,
+ * `out` gets the sums of each part, those of an image one behind the other: see `split_k.ts`.
+ */
+export function gemmOf(args: GemmArgs, capabilities: Capabilities, lora?: LoraOperands): Dispatch {
   if (args.channels % 8 !== 0 || args.n % 4 !== 0)
     throw new Error(
       `${args.label}: channels ${args.channels} must be a multiple of 8, columns ${args.n} of 4`,
     );
-  const params = paramsOf(args, lora?.slot ?? 0);
-  const panels = params.panels!;
+  const { variant, splits, decision } = args.choice ?? pickGemm(args, capabilities);
+  const tile = TILES[variant]!;
+  if (splits > 1 && !tile.cutsK) throw new Error(`${args.label}: ${variant} does not cut K`);
+  const panels = panelsOf(args);
   const columns = (args.gated ? 2 : 1) * Math.min(panels * PANEL, args.n);
-  const { choice, decision } = pick(gemm, capabilities, { ...shapeOf(args), columns }, variant);
-  const tile = TILES[choice.variant]!;
+  const rows = variant === 'winograd' ? runsOf(args) : args.m;
   return {
     kernel: gemm,
-    variant: choice.variant,
+    variant,
     decision,
     choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none', w: choiceOf(args.format) },
-    constants: {
-      ...lanesOf(gemm.variants[choice.variant], capabilities),
-      ...(args.silu ? { SILU: true } : {}),
-      ...(args.addPerImage ? { ADD_PER_ROW: false } : {}),
-      ...(args.gated ? { GATED: true } : {}),
-    },
+    constants: { ...lanesOf(gemm.variants[variant], capabilities), ...epilogueConstants(args) },
     operands: {
       ...sources(args),
+      ...epilogueOperands(args),
       w: args.w,
-      out: args.out,
-      ...(args.bias ? { bias: args.bias } : {}),
-      ...(args.add ? { add: args.add } : {}),
       ...(lora ? { t: lora.t, up: lora.pool, table: lora.table } : {}),
     },
-    params,
-    grid: [ceilDiv(panels, args.gated ? 1 : tile.panels), ceilDiv(args.m, tile.rows), args.images],
+    params: paramsOf(args, lora?.slot ?? 0),
+    grid: [ceilDiv(panels, args.gated ? 1 : tile.panels), ceilDiv(rows, tile.rows) * splits, args.images],
     imageAxis: 2,
     label: args.label,
     flops: 2 * args.images * args.m * columns * tapsOf(args.rows) * args.channels,

@@ -6,9 +6,11 @@ import { gemm, loraDown } from './gemm.ts';
 import { groupApply, groupMoments, layerNorm } from './norm.ts';
 import { pack, quantise } from './pack.ts';
 import { combine, norms, product, rotate, unpack } from './patch.ts';
+import { gemmReduce } from './split_k.ts';
 
 export const KERNELS: readonly Kernel[] = [
   gemm,
+  gemmReduce,
   loraDown,
   attention,
   groupMoments,

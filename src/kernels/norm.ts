@@ -16,9 +16,12 @@ const source = {
   x2: { type: 'array<Quad>', access: 'read_write', optional: true },
 } as const;
 
-/** Workgroups of both steps of a group norm, by variant: quads of channels by tokens at a time. */
-const LANES = { LANES: 8, ROWS: 1 };
-const SHARED = { LANES: 16, ROWS: 16 };
+/**
+ * Workgroups of both steps of a group norm, by variant: lanes by rows of invocations, and quads of channels of each. They own 160
+ * and 64 channels, which divide those of every level and concatenation of SD 1.5 and SDXL.
+ */
+const LANES = { LANES: 8, ROWS: 1, COLUMNS: 5 };
+const SHARED = { LANES: 8, ROWS: 32, COLUMNS: 2 };
 
 /** A constant of a variant, as its module has it. */
 const constantOf = ({ variants }: Kernel, variant: string, name: string): number =>
@@ -29,8 +32,8 @@ export const groupMoments: Kernel = defineKernel({
   bindings: { ...source, moments: { type: 'array<vec4f>', access: 'read_write' } },
   params: { tokens: 'u32', quads: 'u32', split: 'u32', chunks: 'u32', chunkTokens: 'u32' },
   variants: {
-    lanes: { files: ['norm/moments.wgsl'], constants: LANES, subgroupSize: 8 },
-    shared: { files: ['norm/moments.wgsl'], constants: SHARED },
+    lanes: { files: ['norm/source.wgsl', 'norm/moments.wgsl'], constants: LANES, subgroupSize: 8 },
+    shared: { files: ['norm/source.wgsl', 'norm/moments.wgsl'], constants: SHARED },
   },
 });
 
@@ -56,12 +59,12 @@ export const groupApply: Kernel = defineKernel({
   constants: { SILU: false },
   variants: {
     lanes: {
-      files: ['norm/partial.wgsl', 'norm/fold_lanes.wgsl', 'norm/apply.wgsl'],
+      files: ['norm/source.wgsl', 'norm/fold.wgsl', 'norm/fold_lanes.wgsl', 'norm/apply.wgsl'],
       constants: LANES,
       subgroupSize: 8,
     },
     shared: {
-      files: ['norm/partial.wgsl', 'norm/fold_shared.wgsl', 'norm/apply.wgsl'],
+      files: ['norm/source.wgsl', 'norm/fold.wgsl', 'norm/fold_shared.wgsl', 'norm/apply.wgsl'],
       constants: SHARED,
     },
   },
@@ -88,8 +91,8 @@ export const GROUPS = 32;
 /** Tokens of a chunk are a multiple of this. */
 const CHUNK_TOKENS = 64;
 /**
- * Chunks of an image at most, by variant: enough for a GPU's processors, few for each workgroup to fold again. A subgroup of 8
- * lanes, which folds alone, takes as long for a chunk's moments as for 8 tokens.
+ * Chunks of an image at most, by variant: enough to occupy a GPU, or the cores of a CPU; few, as each workgroup of `apply` reads
+ * the moments of all chunks.
  */
 const MOST_CHUNKS: Readonly<Record<string, number>> = { lanes: 8, shared: 32 };
 
@@ -107,8 +110,14 @@ export function chunksOf(tokens: number, capabilities: Capabilities, forced?: st
 }
 
 /** Bytes of a group norm's moments. */
-export const momentsBytes = (images: number, channels: number, { chunks }: Chunks): number =>
-  images * chunks * 2 * channels * 4;
+export function momentsBytes(
+  images: number,
+  tokens: number,
+  channels: number,
+  capabilities: Capabilities,
+): number {
+  return images * chunksOf(tokens, capabilities).chunks * 2 * channels * 4;
+}
 
 export interface GroupNormArgs {
   readonly label: string;
@@ -141,7 +150,8 @@ export function groupNormOf(
   const split = x2 ? (args.splitChannels ?? 0) / 4 : quads;
   const sources = { x, ...(x2 ? { x2 } : {}) };
   const params = { tokens, quads, split, chunks, chunkTokens };
-  const grid = [ceilDiv(quads, constantOf(groupMoments, variant, 'LANES')), chunks, images] as const;
+  const owned = constantOf(groupMoments, variant, 'LANES') * constantOf(groupMoments, variant, 'COLUMNS');
+  const grid = [ceilDiv(quads, owned), chunks, images] as const;
   const common = { variant, choices: {}, label, grid };
   return [
     {

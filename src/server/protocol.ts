@@ -147,7 +147,7 @@ export interface ServerStats {
     readonly refused: number;
   };
   readonly queue: { readonly requests: number; readonly limit: number; readonly running: number };
-  /** LoRAs that requests without a place in the running batch wait for. */
+  /** LoRAs that requests without a place in a batch wait for. */
   readonly waitingLoras: readonly string[];
   readonly work: readonly ModelWork[];
   /** Error code -> requests answered with it. */

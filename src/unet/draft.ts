@@ -14,9 +14,11 @@ import {
 import type { Step } from '../gpu/plan.ts';
 import { type AttentionArgs, attentionOf } from '../kernels/attention.ts';
 import { copyOf, fromNchwOf, gegluOf } from '../kernels/elementwise.ts';
-import type { LoraOperands, Rows, Segments } from '../kernels/gemm.ts';
-import { chunksOf, groupNormOf, layerNormOf, momentsBytes } from '../kernels/norm.ts';
+import type { Segments } from '../kernels/epilogue.ts';
+import type { GemmChoice, LoraOperands, Rows } from '../kernels/gemm.ts';
+import { groupNormOf, layerNormOf, momentsBytes } from '../kernels/norm.ts';
 import { PANEL } from '../kernels/panel.ts';
+import { gemmChoice, partialsOf } from '../kernels/split_k.ts';
 import { firstReader } from './layers.ts';
 import { bundleStep, type Matmul, matmulOf, segmentsOf, stepsOf } from './matmul.ts';
 import {
@@ -37,6 +39,8 @@ export interface DraftOptions {
   readonly weights: WeightSource;
   /** Operands of a slot's low-rank terms, or undefined for a plan without any. */
   readonly lora: ((slot: number) => LoraOperands) | undefined;
+  /** How a layer's GEMM is computed, where not as the rules say. */
+  readonly choose?: typeof gemmChoice;
 }
 
 interface LayerOptions {
@@ -56,6 +60,7 @@ interface ConvOptions {
 
 interface MatmulOptions extends LayerOptions {
   readonly gated?: boolean;
+  readonly choice?: GemmChoice | undefined;
   readonly out?: Virtual | undefined;
   readonly segments?: Segments | undefined;
 }
@@ -133,20 +138,20 @@ export class Draft {
     const ids = groups.flat();
     const whole = this.#options.weights.bundle(id);
     const { tensor, segments, ranges } = whole ? this.#segmented(id, ids, m) : NOT_BUNDLED;
+    const together = whole && this.#multiply(id, whole, x, m, { segments, out: tensor });
+    // The same choice for them all: whether a batch runs them together or apart changes no image's sums.
+    const choice = together?.matmul.parts[0]?.choice;
     const outs = new Map<string, Columns>();
     const matmul = (one: string): Matmul => {
-      const { matmul, out } = this.#matmul(one, x, m, { segments, out: ranges.get(one) });
+      const { matmul, out } = this.#matmul(one, x, m, { segments, out: ranges.get(one), choice });
       outs.set(one, { tensor: out, segments });
       return matmul;
     };
     const apart = groups.flatMap(([first, ...others]) =>
       this.#stepsOf([matmul(first), ...others.map(matmul)], m),
     );
-    if (!whole) this.steps.push(...apart);
-    else {
-      const together = this.#multiply(id, whole, x, m, { segments, out: tensor });
-      this.steps.push(bundleStep(together.matmul, ids, apart, this.#options.capabilities));
-    }
+    if (together) this.steps.push(bundleStep(together.matmul, ids, apart, this.#options.capabilities));
+    else this.steps.push(...apart);
     return outs;
   }
 
@@ -184,14 +189,19 @@ export class Draft {
     { matrix, bias }: BundledLayers,
     x: Virtual,
     m: number,
-    { rows = { kind: 'linear' }, wide, out: given, ...epilogue }: MatmulOptions,
+    { rows = { kind: 'linear' }, wide, out: given, choice: chosen, ...epilogue }: MatmulOptions,
   ): Multiplied {
     const { images } = this;
+    const { capabilities, choose = gemmChoice } = this.#options;
     const channels = storedChannels(matrix.inFeatures);
     const n = storedChannels(epilogue.gated ? matrix.outFeatures / 2 : matrix.outFeatures);
+    const sizes = { images, m, n, channels, rows, ...epilogue };
+    const choice = chosen ?? choose({ ...sizes, format: matrix.format }, capabilities);
+    const sums = partialsOf(sizes, choice);
+    const partials = choice.splits > 1 ? this.tensor(`${label} partials`, sums, true) : undefined;
     const out = given ?? this.tensor(label, images * m * n, wide);
-    const args = { label, images, m, channels, n, rows, x, out, bias, ...epilogue };
-    return { matmul: matmulOf(matrix, args, this.#options.capabilities), out };
+    const args = { label, ...sizes, x, out, bias, choice, partials };
+    return { matmul: matmulOf(matrix, args, capabilities), out };
   }
 
   /** A 3x3 convolution to height x width; `scaleTo` is the size the convolution sees (nearest upsample) if not x's own. */
@@ -211,7 +221,7 @@ export class Draft {
     const channels = x.channels + (x2?.channels ?? 0);
     const tokens = tokensOf(x);
     const { capabilities } = this.#options;
-    const sizeBytes = momentsBytes(this.images, channels, chunksOf(tokens, capabilities));
+    const sizeBytes = momentsBytes(this.images, tokens, channels, capabilities);
     const out = this.activation(id, channels, x.height, x.width);
     const args = {
       label: id,

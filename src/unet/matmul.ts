@@ -11,8 +11,10 @@ import {
   storageBytes,
 } from '../gpu/kernel.ts';
 import type { Step } from '../gpu/plan.ts';
-import { type GemmArgs, gemmOf, type LoraOperands, loraDownOf, type Segments } from '../kernels/gemm.ts';
+import type { Segments } from '../kernels/epilogue.ts';
+import { type GemmArgs, type LoraOperands, loraDownOf } from '../kernels/gemm.ts';
 import { PANEL, panelBytes, panelsPerBinding, type WeightFormat } from '../kernels/panel.ts';
+import { gemmsOf } from '../kernels/split_k.ts';
 
 /** A packed weight matrix, [panels][k][32], and its layer's LoRA slot. */
 export interface Matrix {
@@ -87,7 +89,7 @@ export const bundleStep = (
   kind: 'bundle',
   slots: apart.flatMap((step) => (step.kind === 'slots' ? step.slots.map(({ slot }) => slot) : [])),
   tensors: layers.flatMap((id) => [`${id}.weight`, `${id}.bias`]),
-  together: parts.map((part) => gemmOf(part, capabilities)),
+  together: parts.flatMap((part) => gemmsOf(part, capabilities)),
   apart,
 });
 
@@ -98,7 +100,7 @@ export function stepsOf(
   lora: ((slot: number) => LoraOperands) | undefined,
 ): readonly Step[] {
   const gemms = ({ parts }: Matmul, terms?: LoraOperands) =>
-    parts.map((part) => gemmOf(part, capabilities, terms));
+    parts.flatMap((part) => gemmsOf(part, capabilities, terms));
   if (!lora)
     return layers.flatMap((layer) => gemms(layer).map((dispatch) => ({ kind: 'always', dispatch }) as const));
   const [first] = layers;

@@ -3,7 +3,8 @@
  * arithmetic.
  */
 import { alignTo, ceilDiv, type Operand, type Virtual } from '../gpu/kernel.ts';
-import type { Rows, Segments } from '../kernels/gemm.ts';
+import type { Segments } from '../kernels/epilogue.ts';
+import type { Rows } from '../kernels/gemm.ts';
 import type { Matrix } from './matmul.ts';
 
 /** Channels as stored: padded with zeros to a multiple of 8. */

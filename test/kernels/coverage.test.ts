@@ -28,11 +28,12 @@ function missing(name: string, used: readonly Dispatch[]): string[] {
     );
   for (const [option, choices] of Object.entries(kernel.options))
     for (const choice of Object.keys(choices))
-      for (const variant of Object.keys(kernel.variants))
-        need(
-          `option ${option} = ${choice} of ${variant}`,
-          used.some((d) => d.variant === variant && d.choices[option] === choice),
-        );
+      for (const [variant, spec] of Object.entries(kernel.variants))
+        if (spec.choices?.[option]?.includes(choice) ?? true)
+          need(
+            `option ${option} = ${choice} of ${variant}`,
+            used.some((d) => d.variant === variant && d.choices[option] === choice),
+          );
   for (const [constant, value] of Object.entries(kernel.constants)) {
     const values = VALUES[constant] ?? (typeof value === 'boolean' ? [false, true] : []);
     const takes = (wanted: unknown) => used.some((d) => (d.constants[constant] ?? value) === wanted);

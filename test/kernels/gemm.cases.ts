@@ -1,10 +1,12 @@
 /**
- * Cases of `gemm`: linear, concatenated and convolved rows, every epilogue, split panels, and low-rank terms whose T
+ * Cases of `gemm`: linear, concatenated and convolved rows, every epilogue, split panels, K in parts, and low-rank terms whose T
  * `lora_down` makes in the case itself. Tolerances follow the accumulation length (see case.ts).
  */
-import type { Operand, Storage } from '../../src/gpu/kernel.ts';
-import { type GemmArgs, gemm, gemmOf, loraDownOf, type Rows, type Segments } from '../../src/kernels/gemm.ts';
+import type { Dispatch, Operand, Storage } from '../../src/gpu/kernel.ts';
+import type { Segments } from '../../src/kernels/epilogue.ts';
+import { type GemmArgs, gemm, loraDownOf, pickGemm, type Rows, TILES } from '../../src/kernels/gemm.ts';
 import { PANEL } from '../../src/kernels/panel.ts';
+import { gemmsOf, partialsOf } from '../../src/kernels/split_k.ts';
 import {
   type Built,
   type Case,
@@ -20,6 +22,7 @@ import { beside, gelu, outSide, panelsOf, product, silu, unfold } from './gemm_r
 import { GEMM_SHAPES, type GemmShape } from './gemm_shapes.ts';
 import { type LoraData, loraData } from './lora_tables.ts';
 import { quantised } from './q8_0_reference.ts';
+import { SPLIT_K_SHAPES } from './split_k_shapes.ts';
 
 const SLOT = 2;
 
@@ -179,6 +182,14 @@ export function gemmInputs(shape: GemmShape, data: Data): Record<string, Input> 
   return inputs;
 }
 
+/** A dispatch as one for each image. */
+const apart = (dispatch: Dispatch): readonly Dispatch[] =>
+  Array.from({ length: dispatch.grid[2] }, (_, image0) => ({
+    ...dispatch,
+    params: { ...dispatch.params, image0 },
+    grid: [dispatch.grid[0], dispatch.grid[1], 1],
+  }));
+
 function build(shape: GemmShape, storage: Storage): Built {
   const data = gemmData(shape, storage);
   const { images, m, k, lora } = data;
@@ -191,38 +202,51 @@ function build(shape: GemmShape, storage: Storage): Built {
     },
   };
   if (lora) outputs.t = { as: 'f32', count: lora.totalBlocks * m * 8 };
+  const { splits = 1 } = shape;
+  if (splits > 1) {
+    const count = partialsOf({ ...shape, images, m }, { splits });
+    outputs.partials = { as: storage === 'f32' ? 'f32' : 'wide', count };
+  }
   const elements = data.x.length + (data.x2?.length ?? 0) + data.w.length + images * m * shape.n;
   return {
     inputs: gemmInputs(shape, data),
     outputs,
     bytes: elements * (storage === 'f16' ? 2 : 4),
     dispatches: (operands, capabilities, variant) => {
-      const args = gemmArgs(shape, data, operands);
+      const whole = gemmArgs(shape, data, operands);
+      const choice = { ...pickGemm(whole, capabilities), ...(variant ? { variant } : {}), splits };
+      const args = { ...whole, choice, partials: operands.partials };
       if (lora) {
         const { pool, table, t } = operands;
         const where = { slot: SLOT, pool: pool!, table: table!, t: t! };
         const down = loraDownOf(args, capabilities, where);
+        const own = { ...where, slot: SLOT + lora.layers.length - 1 };
         return [
           { ...down, grid: [lora.longest, down.grid[1], down.grid[2]] },
-          gemmOf(args, capabilities, { ...where, slot: SLOT + lora.layers.length - 1 }, variant),
+          ...gemmsOf(args, capabilities, own).flatMap((one) => (shape.imageByImage ? apart(one) : [one])),
         ];
       }
       const first = shape.splitPanels;
-      if (!first) return [gemmOf(args, capabilities, undefined, variant)];
+      if (!first) return gemmsOf(args, capabilities);
       const rest = Math.ceil(shape.n / PANEL) - first;
       return [
-        gemmOf({ ...args, panels: first }, capabilities, undefined, variant),
-        gemmOf({ ...args, w: operands.w1!, panel0: first, panels: rest }, capabilities, undefined, variant),
+        ...gemmsOf({ ...args, panels: first }, capabilities),
+        ...gemmsOf({ ...args, w: operands.w1!, panel0: first, panels: rest }, capabilities),
       ];
     },
   };
 }
 
+/** Only some variants cut K; Winograd's form is for 3x3 convolutions of stride 1. */
+const runs = (variant: string, { splits, conv }: GemmShape): boolean =>
+  splits ? TILES[variant]!.cutsK : variant !== 'winograd' || conv?.stride === 1;
+
 export const gemmCase = (shape: GemmShape): Case => ({
   name: shape.name,
   kernel: gemm,
+  variants: Object.keys(gemm.variants).filter((variant) => runs(variant, shape)),
   ...(shape.blocks ? { storages: ['f16'] } : storagesOf(shape)),
   build: (storage) => build(shape, storage),
 });
 
-export const CASES: readonly Case[] = GEMM_SHAPES.map(gemmCase);
+export const CASES: readonly Case[] = [...GEMM_SHAPES, ...SPLIT_K_SHAPES].map(gemmCase);

@@ -23,13 +23,17 @@ export interface GemmShape extends Wide {
   readonly blocks?: boolean;
   /** Panels of a first weight buffer; the rest lie in a second one. */
   readonly splitPanels?: number;
+  /** Parts that K is cut into, by the variants that can. */
+  readonly splits?: number;
+  /** Each image is run by itself, as where images bind different weights. */
+  readonly imageByImage?: boolean;
   /** Stacks of the layer itself. */
   readonly lora?: Stacks<LoraShape>;
   /** Stacks of layers that read the same tensor, whose down projection is the same dispatch. */
   readonly beside?: readonly Stacks<LoraShape>[];
 }
 
-const image = (height: number, width: number, stride: 1 | 2 = 1): ConvShape => ({
+export const image = (height: number, width: number, stride: 1 | 2 = 1): ConvShape => ({
   srcHeight: height,
   srcWidth: width,
   inHeight: height,
@@ -46,7 +50,7 @@ const scaled = (from: readonly [number, number], to: readonly [number, number]):
 });
 
 /** Images without a stack, with one, with two of different ranks; ranks below, at and above a block. */
-const STACKS: Stacks<LoraShape> = [
+export const STACKS: Stacks<LoraShape> = [
   [{ rank: 4, scale: 0.75 }],
   [],
   [
@@ -59,8 +63,8 @@ const STACKS: Stacks<LoraShape> = [
 const RANKS = [1, 7, 8, 9, 16, 24, 32, 33, 64, 256];
 
 /** Shapes share modules where they can: lavapipe takes 1 to 3 s to compile one. */
-const BIASED = { bias: true, add: 'row' } as const;
-const BY_IMAGE = { bias: true, add: 'image', silu: true } as const;
+export const BIASED = { bias: true, add: 'row' } as const;
+export const BY_IMAGE = { bias: true, add: 'image', silu: true } as const;
 
 export const GEMM_SHAPES: readonly GemmShape[] = [
   { name: 'one row', m: 1, channels: 8, n: 4 },
@@ -160,6 +164,22 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     bias: true,
     add: 'image',
   },
+  {
+    name: 'low-rank terms of a convolution of stride 1',
+    images: 3,
+    channels: 16,
+    n: 36,
+    conv: image(6, 7),
+    lora: STACKS,
+    ...BY_IMAGE,
+  },
+  {
+    name: 'a convolution of runs of more than two tiles',
+    channels: 24,
+    n: 68,
+    conv: image(17, 9),
+    ...BIASED,
+  },
   { name: 'a wide residual', m: 33, channels: 16, n: 36, ...BIASED, wide: ['add', 'out'] },
   { name: 'a wide input', images: 2, m: 9, channels: 24, n: 32, bias: true, wide: ['x', 'out'] },
   {
@@ -179,6 +199,17 @@ export const GEMM_SHAPES: readonly GemmShape[] = [
     bias: true,
     add: 'row',
     wide: ['x', 'add', 'out'],
+  },
+  {
+    name: 'low-rank terms of a convolution by 8-bit blocks with a wide residual',
+    images: 2,
+    channels: 32,
+    n: 32,
+    conv: image(8, 8),
+    blocks: true,
+    lora: [[{ rank: 12, scale: 0.5 }], [{ rank: 3, scale: -1 }]],
+    ...BIASED,
+    wide: ['add', 'out'],
   },
   {
     name: 'low-rank terms of a wide input',

@@ -7,6 +7,7 @@ import { chunksOf, groupApply, groupMoments, groupNormOf } from '../../src/kerne
 import { GUARANTEED } from '../gpu/capabilities.ts';
 import {
   type Built,
+  bytesOf,
   type Case,
   formatOf,
   type Input,
@@ -119,6 +120,12 @@ function sources(shape: GroupNormShape, { x, x2 }: Data): Record<string, Input> 
   };
 }
 
+/** Of x and x2, once. */
+function readBytes(shape: GroupNormShape, { x, x2 }: Data, storage: Storage): number {
+  const second = x2 ? x2.length * bytesOf(formatOf(shape, 'x2'), storage) : 0;
+  return x.length * bytesOf(formatOf(shape, 'x'), storage) + second;
+}
+
 const params = ({ gamma, beta }: Data): Record<string, Input> => ({
   gamma: { as: 'f32', values: gamma, resident: true },
   beta: { as: 'f32', values: beta, resident: true },
@@ -152,7 +159,7 @@ function build(shape: GroupNormShape, storage: Storage): Built {
         tolerance: tolerance('quad', storage, depth, slack),
       },
     },
-    bytes: 3 * whole.length * (storage === 'f16' ? 2 : 4),
+    bytes: 2 * readBytes(shape, data, storage) + whole.length * bytesOf('quad', storage),
     dispatches: (operands, capabilities, variant) => dispatchesOf(shape, operands, capabilities, variant),
   };
 }
@@ -187,7 +194,7 @@ function applyCase(shape: GroupNormShape): Case {
             tolerance: tolerance('quad', storage, (channels / groups) * chunks),
           },
         },
-        bytes: 2 * whole.length * (storage === 'f16' ? 2 : 4),
+        bytes: readBytes(shape, data, storage) + whole.length * bytesOf('quad', storage),
         dispatches: (operands, capabilities, variant) =>
           dispatchesOf(shape, operands, capabilities, variant).filter(({ kernel }) => kernel === groupApply),
       };

@@ -1,7 +1,17 @@
 /** Cases of `layer_norm`: rows around the workgroup's number, widths around its lanes, values far from zero. */
 import type { Storage } from '../../src/gpu/kernel.ts';
 import { layerNorm, layerNormOf } from '../../src/kernels/norm.ts';
-import { type Built, type Case, formatOf, random, storagesOf, stored, tolerance, type Wide } from './case.ts';
+import {
+  type Built,
+  bytesOf,
+  type Case,
+  formatOf,
+  random,
+  storagesOf,
+  stored,
+  tolerance,
+  type Wide,
+} from './case.ts';
 import { layerNormRows } from './norm_reference.ts';
 
 export interface LayerNormShape extends Wide {
@@ -41,7 +51,7 @@ function build(shape: LayerNormShape, storage: Storage): Built {
         tolerance: tolerance('quad', storage, channels, slack),
       },
     },
-    bytes: 2 * x.length * (storage === 'f16' ? 2 : 4),
+    bytes: x.length * (bytesOf(formatOf(shape, 'x'), storage) + bytesOf('quad', storage)),
     dispatches: ({ x, gamma, beta, out }, capabilities, variant) => [
       layerNormOf(
         { label: name, images, rows, channels, eps: EPS, x: x!, gamma: gamma!, beta: beta!, out: out! },

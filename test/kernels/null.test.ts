@@ -41,7 +41,7 @@ function* spread(recipe: Recipe): Generator<Recipe> {
   for (const [name, value] of Object.entries(kernel.constants))
     if (typeof value === 'boolean') yield { ...recipe, constants: { ...constants, [name]: !value } };
   for (const [option, choices] of Object.entries(kernel.options))
-    for (const choice of Object.keys(choices)) {
+    for (const choice of kernel.variants[recipe.variant]?.choices?.[option] ?? Object.keys(choices)) {
       const other = withChoice(recipe, option, choice);
       // Low-rank terms, two sources, bias and add together need nine bindings; no layer has them all.
       if (other.operandNames.length <= device.gpu.limits.maxStorageBuffersPerShaderStage) yield other;

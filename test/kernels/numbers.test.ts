@@ -1,6 +1,7 @@
 /**
  * Every case in every variant the device runs and in both storages, against its f64 reference. The rung is `software` on
- * lavapipe and `gpu` on a GPU. Compiling without a driver is null.test.ts. UNETD_VARIANTS: only the variants so called.
+ * lavapipe and `gpu` on a GPU. Compiling without a driver is null.test.ts. UNETD_VARIANTS: only what it matches of
+ * `KERNEL VARIANT`.
  */
 import { afterAll, describe, expect, test } from 'vitest';
 import { Device } from '../../src/gpu/device.ts';
@@ -13,6 +14,7 @@ import { runCase } from './run.ts';
 
 const STORAGES = ['f32', 'f16'] as const;
 const WANTED = new RegExp(process.env.UNETD_VARIANTS ?? '');
+const wanted = (kernel: Kernel) => (variant: string) => WANTED.test(`${kernel.name} ${variant}`);
 
 const device = await Device.open().catch((error: Error) => {
   console.log(`[numbers] no device, all numbers are skipped: ${error.message}`);
@@ -40,13 +42,13 @@ async function check(one: Case, variant: string, storage: Storage): Promise<void
 
 describe.skipIf(!device)(`${rung} rung: kernels compute what their f64 references say`, () => {
   for (const one of CASES)
-    for (const variant of variantsOf(one).filter((name) => WANTED.test(name)))
+    for (const variant of variantsOf(one).filter(wanted(one.kernel)))
       for (const storage of one.storages ?? STORAGES)
         if (able(one.kernel, variant, storage))
           test(`${one.kernel.name} ${variant} ${storage}: ${one.name}`, () => check(one, variant, storage));
 
   for (const kernel of KERNELS)
-    for (const variant of Object.keys(kernel.variants).filter((name) => WANTED.test(name)))
+    for (const variant of Object.keys(kernel.variants).filter(wanted(kernel)))
       if (!STORAGES.some((storage) => able(kernel, variant, storage)))
         test.skip(`${kernel.name} ${variant}: all cases, for which this adapter lacks subgroups or matrix units`, () => {});
 });

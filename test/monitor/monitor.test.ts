@@ -188,11 +188,11 @@ describe('the page', () => {
     const { page } = await open(stage, look);
     await expect.poll(() => state(page)).toBe('● ready');
     engine.alive = false;
-    await expect.poll(() => state(page), { timeout: 5000 }).toMatch(/^▲ not ready/);
+    await expect.poll(() => state(page)).toMatch(/^▲ not ready/);
     await stage.end();
-    await expect.poll(() => state(page), { timeout: 5000 }).toBe('▲ the server does not answer');
+    await expect.poll(() => state(page)).toBe('▲ the server does not answer');
     stage = await openStage(place, { port });
-    await expect.poll(() => state(page), { timeout: 5000 }).toBe('● ready');
+    await expect.poll(() => state(page)).toBe('● ready');
     await page.close();
     await stage.end();
   });
@@ -203,10 +203,10 @@ describe('the page', () => {
     await expect.poll(() => state(page)).toBe('▲ this server needs its token');
     await page.fill('#token', 'wrong');
     await page.click('#ask button');
-    await expect.poll(() => state(page), { timeout: 5000 }).toBe('▲ the token is wrong');
+    await expect.poll(() => state(page)).toBe('▲ the token is wrong');
     await page.fill('#token', 'secret');
     await page.click('#ask button');
-    await expect.poll(() => state(page), { timeout: 5000 }).toBe('● ready');
+    await expect.poll(() => state(page)).toBe('● ready');
     expect(await page.isVisible('#ask')).toBe(false);
     const direct = await open(stage, look, '#token=secret');
     await expect.poll(() => state(direct.page)).toBe('● ready');

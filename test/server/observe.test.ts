@@ -103,12 +103,12 @@ describe('metrics', () => {
     const sent = request(FAST, 1, 0, 256);
     const open = [client.forward(sent), client.forward(sent)];
     const bytes = 2 * (sent.x.data.byteLength + sent.context.data.byteLength);
-    await expect.poll(held, { timeout: 5000 }).toBeGreaterThan(bytes);
+    await expect.poll(held).toBeGreaterThan(bytes);
     expect(await held()).toBeLessThan(bytes + 2000);
     expect(parseMetrics(await metricsText()).get('unetd_incoming_limit_bytes')).toBeGreaterThan(bytes);
     release();
     await Promise.all(open);
-    await expect.poll(held, { timeout: 5000 }).toBe(0);
+    await expect.poll(held).toBe(0);
   });
 
   it('count refused upgrades', async () => {

@@ -116,6 +116,7 @@ describe('the engine process', () => {
       const { outs } = await answer;
       expect(floatsOf(outs[0]!)).toEqual(floatsOf(standInResult(step(seed + 2), factors)));
     }
+    await engine.forward({ model: SLOW, requests: [step(4)] });
     // Once with the others, and twice alone.
     expect(engine.restarts).toBe(3);
   });
@@ -279,7 +280,7 @@ describe('a server with an engine process', () => {
     ]);
     expect(results[1]).toMatchObject({ reason: { message: expect.stringContaining('it is not run again') } });
     // Once with its batch, twice alone.
-    await expect.poll(async () => (await clients[0]!.stats()).restarts, { timeout: 10_000 }).toBe(4);
+    await expect.poll(async () => (await clients[0]!.stats()).restarts).toBe(4);
     await stage.end();
   });
 });

@@ -74,7 +74,8 @@ describe('settings', () => {
     const values: Readonly<Record<string, string>> = {
       ...{ models: '/m', loras: '/l', host: '::1', port: '5', token: 'secret', dtype: 'f32' },
       ...{ memoryBudget: '2GB', maxBatch: '6', batchWaitMs: '7', queueLimit: '8', maxConnections: '9' },
-      ...{ uploadQuota: '10MB', allowHost: 'h', allowOrigin: 'o', adapter: 'llvm', drainSeconds: '11' },
+      ...{ uploadQuota: '10MB', allowHost: 'h', allowOrigin: 'o', adapter: 'llvm', tuning: '/t.json' },
+      drainSeconds: '11',
       ...{ hangSeconds: '12', logLevel: 'debug' },
     };
     const options = serveOptions();

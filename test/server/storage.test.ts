@@ -48,7 +48,7 @@ describe('a model that was asked for in a dtype', () => {
     // Now it is the second one's as well.
     await expect(first.modelLoad(MODEL, { dtype: 'f16' })).rejects.toMatchObject({ code: 'ERR_MODEL_BUSY' });
     await second.close();
-    await expect.poll(async () => (await first.stats()).connections, { timeout: 5000 }).toBe(1);
+    await expect.poll(async () => (await first.stats()).connections).toBe(1);
     expect((await first.modelLoad(MODEL, { dtype: 'f16' })).dtype).toBe('f16');
   });
 

@@ -9,6 +9,7 @@ import type { Device } from '../../src/gpu/device.ts';
 import type { Capabilities, Storage } from '../../src/gpu/kernel.ts';
 import { Plan } from '../../src/gpu/plan.ts';
 import { toF32 } from '../../src/half.ts';
+import { gemmChoice } from '../../src/kernels/split_k.ts';
 import { SafetensorsFile } from '../../src/safetensors.ts';
 import type { UNetConfig } from '../../src/unet/config.ts';
 import { inspectUNet } from '../../src/unet/detect.ts';
@@ -93,7 +94,7 @@ export async function loadWeights(
 
 /**
  * Runs one case with every block captured and compares in the order of computation; `out` is the last. Kernels are chosen for
- * `capabilities`.
+ * `capabilities`, GEMMs by `choose`.
  */
 export async function compareBlocks(
   device: Device,
@@ -102,11 +103,13 @@ export async function compareBlocks(
   fixture: Fixture,
   which: Case,
   capabilities: Capabilities = device.capabilities,
+  choose: typeof gemmChoice = gemmChoice,
 ): Promise<readonly Compared[]> {
   const request = requestOf(which);
   const { config, weights } = model;
   const shape = shapeOf([request]);
-  const unet = planUNet(config, shape, { storage, capabilities, weights, lora: undefined, capture: true });
+  const options = { storage, capabilities, weights, choose, lora: undefined, capture: true };
+  const unet = planUNet(config, shape, options);
   const arena = new Arena(device, 'test arena');
   const plan = await Plan.compile(device, arena, unet.spec);
   await arena.ensure(plan.arenaBytes);
