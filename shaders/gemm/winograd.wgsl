@@ -4,7 +4,7 @@
 //   A^T sum((G g) * (B^T d)), over the channels and the three rows of taps g, where d are the six pixels that g reaches:
 // 6 products instead of 12. B^T d and G g are made from what is loaded; weights stay as they are packed, and nothing more
 // is stored. W is packed [n / 32][tap][channel][32]. A subgroup is a workgroup and computes 16 runs x 32 columns: lane l owns
-// the runs l and l + 8, see spread.wgsl. Low-rank terms are added to the same sums.
+// the runs l and l + 8, see spread.wgsl. Low-rank terms are added to the pixels: as products of transformed ones they took two thirds more code.
 // Preconditions: subgroups of 8 lanes; A is a_conv3.wgsl with stride 1; no gates.
 
 alias Rows = mat4x2f;
@@ -45,17 +45,6 @@ fn outputTransform(s: array<vec4f, 6>) -> array<vec4f, RUN> {
   let even2 = (s[3] + s[4]) / 24.0;
   let odd2 = (s[3] - s[4]) / 12.0;
   return array(s[0] / 4.0 + even + even2, odd + odd2, even + 4.0 * even2, odd + 4.0 * odd2 + s[5]);
-}
-
-// The s of which A^T s is t and s[3] = s[4] = 0: s[0], s[1], s[2] and s[5].
-fn outputInverse(t: array<Rows, RUN>) -> array<Rows, RUN> {
-  return array(4.0 * (t[0] - t[2]), -3.0 * (t[2] + t[1]), -3.0 * (t[2] - t[1]), t[3] - t[1]);
-}
-
-// T of one pixel of both runs.
-fn loraPair(block: u32, m: vec2u, half: u32) -> Rows {
-  let inside = min(m, vec2u(p.m - 1u));
-  return transpose(mat2x4f(loraT(block, inside.x, half), loraT(block, inside.y, half)));
 }
 
 @compute @workgroup_size(8)
@@ -99,18 +88,6 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   }
 
   let blocks = loraBlocks(image);
-  for (var half = 0u; half < blocks.y * 2u; half++) {
-    let i = blocks.x + half / 2u;
-    let h = half % 2u;
-    let a = outputInverse(array(loraPair(i, m, h), loraPair(i, m + 1u, h), loraPair(i, m + 2u, h),
-      loraPair(i, m + 3u, h)));
-    let b = loraUp4(i, panel, h * 32u + lane);
-    outer(&s0, a[0], b, 0u);
-    outer(&s1, a[1], b, 0u);
-    outer(&s2, a[2], b, 0u);
-    outer(&s5, a[3], b, 0u);
-  }
-
   // As in broadcast32.wgsl: compiled once, from a copy.
   let sums = array(s0, s1, s2, s3, s4, s5);
   let quads = min(p.nQuads - panel * 8u, 8u);
@@ -121,7 +98,13 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     for (var k = 0u; k < 6u; k++) {
       s[k] = vec4f(sums[k][i][0][v], sums[k][i][1][v], sums[k][i][2][v], sums[k][i][3][v]);
     }
-    let y = outputTransform(s);
+    var y = outputTransform(s);
+    for (var half = 0u; half < blocks.y * 2u; half++) {
+      let block = blocks.x + half / 2u;
+      let h = half % 2u;
+      let up = loraUp4(block, panel, h * 32u + i);
+      for (var o = 0u; o < RUN; o++) { y[o] += up * loraT(block, min(m[v] + o, p.m - 1u), h); }
+    }
     let pixels = select(0u, min(p.outWidth - inside[v] % across * RUN, RUN), run[v] < runs);
     for (var o = 0u; o < pixels; o++) {
       var r = array<vec4f, PANELS>();
