@@ -1,4 +1,4 @@
-"""Files of every kind of adapter for the small SD 1.5 UNet of the tests, as ComfyUI's own loader reads them."""
+"""Files of every kind of adapter for the small SD 1.5 UNet of the tests, as ComfyUI reads them."""
 
 from __future__ import annotations
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -250,9 +248,7 @@ def test_a_vector_conditioning_is_sent_once_too(
     assert caught.value.code == "ERR_BAD_SHAPE"
 
 
-def test_a_hundred_threads_stay_within_the_window_and_a_forward_costs_little(
-    serve: Serve, connect: Connect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hundred_threads_stay_within_the_window(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     server = no_gpu_server(serve, tmp_path, "no-op-engine.ts")
     client = connect(server.url)
     steps = [torch.randn(2, 4, 64, 64) for _ in range(100)]
@@ -265,17 +261,3 @@ def test_a_hundred_threads_stay_within_the_window_and_a_forward_costs_little(
     with ThreadPoolExecutor(100) as threads:
         assert all(torch.equal(x, out) for x, out in zip(steps, threads.map(step, steps), strict=True))
     assert server.requests("forward") == {"ok": 100}
-
-    def milliseconds(x: torch.Tensor) -> float:
-        start = time.perf_counter()
-        step(x)
-        return (time.perf_counter() - start) * 1000
-
-    # Other programs share the machine: the quietest of several rounds says what the transport itself costs.
-    medians: list[float] = []
-    while len(medians) < 5 or (min(medians) >= 3 and len(medians) < 50):
-        medians.append(statistics.median(map(milliseconds, steps)))
-    with capsys.disabled():
-        rounds = " ".join(f"{median:.2f}" for median in medians)
-        print(f"\nan SD 1.5 step at 512x512 beside its computation: median {min(medians):.2f} ms of {rounds}")
-    assert min(medians) < 3

@@ -11,7 +11,7 @@ import comfy.hooks
 import comfy.sd
 import comfy.weight_adapter
 import torch
-from lora_setting import CONV, KINDS, file_of, lora_file, random, with_lora
+from lora_setting import KINDS, file_of, lora_file, random, with_lora
 from patcher_setting import ATTENTION, prompt, sampled
 from torch_server import TorchServer
 
