@@ -145,13 +145,14 @@ const peers: Section<{ readonly rows: readonly PeerRow[] }> = {
   mark: { value: 1, text: 'as fast' },
 };
 
+/** The newest first. */
 function resultsOf<T>(bench: string): readonly Result<T>[] {
   if (!existsSync(RESULTS)) return [];
   return readdirSync(RESULTS)
     .filter((name) => name.endsWith('.json'))
-    .sort()
     .map((name) => JSON.parse(readFileSync(RESULTS + name, 'utf8')) as Result<T>)
-    .filter((result) => result.bench === bench);
+    .filter((result) => result.bench === bench)
+    .sort((a, b) => b.at.localeCompare(a.at));
 }
 
 const line = (cells: readonly string[]): string => `| ${cells.join(' | ')} |`;
@@ -171,7 +172,9 @@ function filled<T>(text: string, bench: string, section: Section<T>): string {
   if (begin < 0 || end < begin)
     throw new Error(`docs/PERFORMANCE.md lacks "${open}" with "${close}" behind it`);
   const parts = results.map((result) => tableOf(section, result));
-  const bars = results.flatMap((result) => section.bars(result));
+  const all = results.flatMap((result) => section.bars(result));
+  // Of what was measured again, the newest.
+  const bars = all.filter(({ label }, i) => all.findIndex((bar) => bar.label === label) === i);
   if (bars.length > 0) {
     writeFileSync(`${DOCS}performance-${bench}.svg`, barsOf(section.title, bars, section.mark));
     parts.unshift(`![${section.title}](performance-${bench}.svg)`);
