@@ -1,4 +1,5 @@
 /** What the stages of `bench device` found, put as answers and as a table of whole steps. Reads results; runs nothing. */
+import type { MatrixConfig } from '../src/gpu/device.ts';
 import type { Outcome } from './device.ts';
 import { FULL_MODELS } from './full-size.ts';
 import type { Row as PeerRow } from './peers.ts';
@@ -18,15 +19,6 @@ interface Tests {
   readonly numPassedTests: number;
   readonly numFailedTests: number;
   readonly numPendingTests: number;
-}
-
-/** Of Dawn's adapter info. */
-interface MatrixConfig {
-  readonly componentType: string;
-  readonly resultComponentType: string;
-  readonly M: number;
-  readonly N: number;
-  readonly K: number;
 }
 
 const NOT_FOUND = 'not measured';

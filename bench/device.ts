@@ -6,6 +6,7 @@
 import { spawn } from 'node:child_process';
 import { mkdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname } from 'node:path';
+import { columns } from '../src/format.ts';
 import { endOf, ROOT } from '../test/launch.ts';
 import { answersOf, type Found, stepsOf } from './device-answers.ts';
 import { RESULTS, type Stage, type StageOptions, stagesOf, TUNING } from './device-stages.ts';
@@ -73,11 +74,7 @@ function formerOutcomes(json: string, { commit: at, quick }: Facts): readonly Ou
   return former?.commit === at && former.quick === quick ? former.stages : [];
 }
 
-function print(rows: readonly (readonly string[])[]): void {
-  const widths = rows[0]!.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
-  const lines = rows.map((row) => row.map((cell, i) => cell.padEnd(widths[i]!)).join('  '));
-  console.log(`\n${lines.map((line) => line.trimEnd()).join('\n')}`);
-}
+const print = (rows: readonly (readonly string[])[]): void => console.log(`\n${columns(rows).trimEnd()}`);
 
 export async function benchDevice(options: DeviceBenchOptions): Promise<void> {
   const { quick = false, only, minutes, json = `${RESULTS}device.json` } = options;

@@ -3,7 +3,7 @@
  * which way weights had best take to the matrix units.
  */
 import { create } from 'webgpu';
-import { Device } from '../src/gpu/device.ts';
+import { DAWN_FEATURES, Device } from '../src/gpu/device.ts';
 import type { Capabilities } from '../src/gpu/kernel.ts';
 import { elapsedMs, STOPWATCH_BYTES, Stopwatch } from '../src/gpu/stopwatch.ts';
 import type { Case } from '../test/kernels/case.ts';
@@ -51,9 +51,6 @@ function attributesOf<T>(object: object): Readonly<Record<string, T>> {
   }
   return Object.fromEntries(entries);
 }
-
-/** As `Device` opens adapters. */
-const DAWN_FEATURES = 'enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia';
 
 /** Dispatches of one workgroup in a row. */
 const ROW = 1000;

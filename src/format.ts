@@ -1,4 +1,4 @@
-/** Numbers as people read them in a terminal. */
+/** Numbers and tables as people read them in a terminal. */
 
 const UNITS = ['B', 'KiB', 'MiB', 'GiB'] as const;
 
@@ -28,4 +28,19 @@ export function rateText(perSecond: number): string {
 
 export function countText(count: number): string {
   return count.toLocaleString('en');
+}
+
+/** Rows of cells in columns as wide as their widest cell, to the left unless told. */
+export function columns(
+  rows: readonly (readonly string[])[],
+  aligns: readonly ('left' | 'right')[] = [],
+): string {
+  const widths = (rows[0] ?? []).map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
+  const lines = rows.map((row) =>
+    row
+      .map((cell, i) => (aligns[i] === 'right' ? cell.padStart(widths[i]!) : cell.padEnd(widths[i]!)))
+      .join('  ')
+      .trimEnd(),
+  );
+  return `${lines.join('\n')}\n`;
 }

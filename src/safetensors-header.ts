@@ -205,3 +205,18 @@ function checkLayout(
     );
   }
 }
+
+/**
+ * What a file begins with: the header's length and the header itself, filled up to a multiple of 8 bytes. ERR_SAFETENSORS where it
+ * is too long to be read.
+ */
+export function headOf(header: string, file: string): Uint8Array {
+  const json = Buffer.from(header);
+  const headerBytes = Math.ceil(json.byteLength / 8) * 8;
+  if (headerBytes > MAX_HEADER_BYTES)
+    refuse(file, `the header takes ${headerBytes} of ${MAX_HEADER_BYTES} bytes`);
+  const head = new Uint8Array(LENGTH_BYTES + headerBytes).fill(0x20);
+  new DataView(head.buffer).setBigUint64(0, BigInt(headerBytes), true);
+  head.set(json, LENGTH_BYTES);
+  return head;
+}

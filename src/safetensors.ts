@@ -11,9 +11,9 @@ import {
   type Dtype,
   elementsOf,
   headerLength,
+  headOf,
   isDtype,
   LENGTH_BYTES,
-  MAX_HEADER_BYTES,
   nameFault,
   parseHeader,
   refuse,
@@ -97,15 +97,10 @@ export function encode(
       `${JSON.stringify(name)}:{"dtype":"${dtype}","shape":[${shape}],"data_offsets":[${begin},${end}]}`,
     );
   }
-  const json = Buffer.from(`{${parts.join(',')}}`);
-  const headerBytes = Math.ceil(json.byteLength / 8) * 8;
-  if (headerBytes > MAX_HEADER_BYTES)
-    refuse(file, `the header takes ${headerBytes} of ${MAX_HEADER_BYTES} bytes`);
-  const out = new Uint8Array(LENGTH_BYTES + headerBytes + end);
-  new DataView(out.buffer).setBigUint64(0, BigInt(headerBytes), true);
-  out.set(json, LENGTH_BYTES);
-  out.fill(0x20, LENGTH_BYTES + json.byteLength, LENGTH_BYTES + headerBytes);
-  let at = LENGTH_BYTES + headerBytes;
+  const head = headOf(`{${parts.join(',')}}`, file);
+  const out = new Uint8Array(head.byteLength + end);
+  out.set(head);
+  let at = head.byteLength;
   for (const { data } of sorted) {
     out.set(data, at);
     at += data.byteLength;

@@ -1,6 +1,6 @@
 /**
- * The settings of `unetd serve`, and those of `unetd tune` beside them: one table of options each, and where their values come from. Flags win over the environment
- * (`UNETD_*`), that over a JSON file (`--config`), that over the defaults. Starts nothing.
+ * The settings of `unetd serve`, and those of `unetd tune` beside them: one table of options each, and where their values come
+ * from. Flags win over the environment (`UNETD_*`), that over a JSON file (`--config`), that over the defaults. Starts nothing.
  */
 import { readFileSync } from 'node:fs';
 import { delimiter } from 'node:path';

@@ -6,37 +6,31 @@ import { totalmem } from 'node:os';
 import { UnetdError } from '../errors.ts';
 import { Arena } from '../gpu/arena.ts';
 import { Device } from '../gpu/device.ts';
-import type { Choices, Decision, Storage } from '../gpu/kernel.ts';
+import type { Choices, Decision } from '../gpu/kernel.ts';
 import type { Timing } from '../gpu/plan.ts';
 import { Readback } from '../gpu/readback.ts';
 import { Stopwatch } from '../gpu/stopwatch.ts';
-import { storageOf } from '../kernels/panel.ts';
 import { PatchWork } from '../lora/work.ts';
-import { SafetensorsFile } from '../safetensors.ts';
-import type { UNetConfig } from '../unet/config.ts';
-import { weightBytes } from '../unet/packed.ts';
-import { Weights } from '../unet/weights.ts';
 import { feedsOf, outsOf, shapeOf } from './batch.ts';
 import { Budget, type MemoryUse } from './budget.ts';
 import { checkBatch, checkStep, imagesOf } from './check.ts';
 import { type Held, HeldModels } from './held.ts';
-import { inspectModel } from './inspect.ts';
-import { LoadedModel } from './model.ts';
+import { Loader } from './loader.ts';
+import type { Shared } from './model.ts';
 import { type TunedFor, tunedChoices, tunedFor } from './tuning.ts';
 import { Turns } from './turns.ts';
-import {
-  type AdapterInfo,
-  type Batch,
-  type BatchResult,
-  type DeviceInfo,
-  type EngineApi,
-  type EngineOptions,
-  type EngineStats,
-  type FileSource,
-  type ModelInfo,
-  type Progress,
-  STORAGE_CHOICES,
-  type StorageDtype,
+import type {
+  AdapterInfo,
+  Batch,
+  BatchResult,
+  DeviceInfo,
+  EngineApi,
+  EngineOptions,
+  EngineStats,
+  FileSource,
+  ModelInfo,
+  Progress,
+  StorageDtype,
 } from './types.ts';
 
 /** Most bytes of adapters per model, and their share of the budget. */
@@ -44,51 +38,53 @@ const MAX_POOL_BYTES = 4 * 1024 ** 3;
 const POOL_SHARE = 0.25;
 /** A software adapter's memory is the machine's: leave it some. */
 const SOFTWARE_SHARE = 0.75;
-/** What takes less memory than a storage. */
-const SMALLER: Readonly<Record<StorageDtype, StorageDtype | undefined>> = {
-  f32: 'f16',
-  f16: 'q8_0',
-  q8_0: undefined,
-};
-
 export class Engine implements EngineApi {
   readonly device: DeviceInfo;
   readonly #device: Device;
-  readonly #arena: Arena;
-  readonly #scratch: Arena;
-  readonly #work: PatchWork;
-  readonly #stopwatch: Stopwatch | undefined;
-  readonly #readback: Readback;
   readonly #options: EngineOptions;
-  readonly #choices: Choices | undefined;
   readonly #budget: Budget;
+  readonly #shared: Shared;
   readonly #models = new HeldModels();
+  readonly #loader: Loader;
+  /** Most bytes of the adapters of one model. */
+  readonly #poolBytes: number;
   readonly #turnover = { modelLoads: 0, modelEvictions: 0, adapterLoads: 0, adapterEvictions: 0 };
   #forwards = 0;
   #images = 0;
   #gpuMs = 0;
   readonly #turns = new Turns();
-  /** The load in progress; models are loaded one after another. */
-  #loading: Promise<unknown> = Promise.resolve();
 
   private constructor(device: Device, options: EngineOptions) {
     this.#device = device;
     this.#options = options;
     const { name, backend, features } = device.adapter;
-    this.#choices = tunedChoices(device.adapter, options.tuning);
-    const tuned = this.#choices && { tuned: this.#choices.size };
-    this.device = { name, backend, features, ...tuned };
-    this.#arena = new Arena(device, 'arena');
-    this.#scratch = new Arena(device, 'lora scratch');
-    this.#work = new PatchWork(device);
-    this.#stopwatch = Stopwatch.of(device);
-    this.#readback = new Readback(device);
+    const choices = tunedChoices(device.adapter, options.tuning);
+    this.device = { name, backend, features, ...(choices && { tuned: choices.size }) };
     const most = device.capabilities.software ? totalmem() * SOFTWARE_SHARE : Number.MAX_SAFE_INTEGER;
     this.#budget = new Budget({
       limitBytes: options.memoryBudgetBytes ?? Math.floor(most),
       use: () => this.#memory(),
       idleBytes: () => this.#models.idleBytes,
       evict: () => this.#evict(),
+    });
+    const shared = {
+      device,
+      arena: new Arena(device, 'arena'),
+      scratch: new Arena(device, 'lora scratch'),
+      work: new PatchWork(device),
+      readback: new Readback(device),
+      budget: this.#budget,
+      stopwatch: Stopwatch.of(device),
+      turnover: this.#turnover,
+      choices,
+    };
+    this.#shared = shared;
+    const share = Math.min(MAX_POOL_BYTES, this.#budget.limitBytes * POOL_SHARE);
+    this.#poolBytes = Math.floor(options.adapterBudgetBytes ?? share);
+    this.#loader = new Loader(shared, this.#models, {
+      forceDtype: options.forceDtype,
+      poolBytes: this.#poolBytes,
+      unload: (model) => this.unloadModel(model),
     });
   }
 
@@ -103,9 +99,7 @@ export class Engine implements EngineApi {
     dtype: 'auto' | StorageDtype,
     progress: Progress = () => {},
   ): Promise<ModelInfo> {
-    const loading = this.#loading.then(() => this.#load(source, dtype, progress));
-    this.#loading = loading.catch(() => {});
-    return loading;
+    return this.#loader.load(source, dtype, progress);
   }
 
   async unloadModel(model: string): Promise<void> {
@@ -193,11 +187,8 @@ export class Engine implements EngineApi {
   async close(): Promise<void> {
     await this.#turns.done();
     this.#models.close();
-    this.#arena.close();
-    this.#scratch.close();
-    this.#work.close();
-    this.#stopwatch?.close();
-    this.#readback.close();
+    const { arena, scratch, work, stopwatch, readback } = this.#shared;
+    for (const each of [arena, scratch, work, stopwatch, readback]) each?.close();
     this.#device.close();
   }
 
@@ -207,60 +198,6 @@ export class Engine implements EngineApi {
     for (const buffer of this.#models.get(model).model.weights.buffers())
       all.push(await this.#device.read(buffer, 0, buffer.size));
     return all;
-  }
-
-  async #load(source: FileSource, dtype: 'auto' | StorageDtype, progress: Progress): Promise<ModelInfo> {
-    const { name, version } = source;
-    const stored = this.#storedAs(dtype);
-    const held = this.#models.find(name);
-    if (held && held.info.version === version && (dtype === 'auto' || held.info.dtype === stored))
-      return held.info;
-    const file = await SafetensorsFile.open(source.path);
-    try {
-      const { config, entryOf } = inspectModel(name, file);
-      // A file that is no model leaves the one of that name as it was.
-      if (held) await this.unloadModel(name);
-      const sizeBytes = weightBytes(config, stored, this.#device.capabilities);
-      const smaller = SMALLER[stored];
-      const cure = smaller ? `load it as ${smaller}, or raise --memory-budget` : 'raise --memory-budget';
-      this.#budget.demand(`The weights of model "${name}" in ${stored}`, sizeBytes, 0, cure);
-      const release = this.#budget.reserve(sizeBytes);
-      try {
-        const weights = await Weights.load(this.#device, stored, config, file, entryOf, (done, total) =>
-          progress('weights', done, total),
-        );
-        const info = { model: name, version, dtype: stored, config, sizeBytes: weights.sizeBytes };
-        const model = this.#modelOf(config, storageOf(stored), weights);
-        this.#models.add(info, model);
-        this.#turnover.modelLoads += 1;
-        return info;
-      } finally {
-        release();
-      }
-    } finally {
-      await file.close();
-    }
-  }
-
-  #modelOf(config: UNetConfig, storage: Storage, weights: Weights): LoadedModel {
-    const shared = {
-      device: this.#device,
-      arena: this.#arena,
-      scratch: this.#scratch,
-      work: this.#work,
-      budget: this.#budget,
-      stopwatch: this.#stopwatch,
-      readback: this.#readback,
-      turnover: this.#turnover,
-      choices: this.#choices,
-    };
-    return new LoadedModel(shared, config, storage, weights, this.#poolBytes);
-  }
-
-  /** Most bytes of the adapters of one model. */
-  get #poolBytes(): number {
-    const share = Math.min(MAX_POOL_BYTES, this.#budget.limitBytes * POOL_SHARE);
-    return Math.floor(this.#options.adapterBudgetBytes ?? share);
   }
 
   /** Keeps the model from being let go while `work` waits or runs. ERR_MODEL_NOT_LOADED. */
@@ -308,17 +245,6 @@ export class Engine implements EngineApi {
     return { model: held.model, requests, config, loras };
   }
 
-  #storedAs(dtype: 'auto' | StorageDtype): StorageDtype {
-    const wanted = this.#options.forceDtype ?? dtype;
-    if (!STORAGE_CHOICES.includes(wanted))
-      throw new UnetdError(
-        'ERR_BAD_DTYPE',
-        `Storage "${wanted}" is not supported; ask for one of ${STORAGE_CHOICES.join(', ')}`,
-        { dtype: wanted },
-      );
-    return wanted === 'auto' ? 'f16' : wanted;
-  }
-
   #evict(): boolean {
     if (this.#models.evictPatched()) return true;
     const isGone = this.#models.evictModel();
@@ -328,10 +254,7 @@ export class Engine implements EngineApi {
 
   #memory(): MemoryUse {
     const { weightBytes, adapterBytes } = this.#models;
-    return {
-      weightBytes,
-      adapterBytes,
-      arenaBytes: this.#arena.sizeBytes + this.#scratch.sizeBytes + this.#work.sizeBytes,
-    };
+    const { arena, scratch, work } = this.#shared;
+    return { weightBytes, adapterBytes, arenaBytes: arena.sizeBytes + scratch.sizeBytes + work.sizeBytes };
   }
 }

@@ -51,9 +51,12 @@ const NEVER_WOKEN: Int32Array<SharedArrayBuffer> = new Int32Array(new SharedArra
 const INSTALL_HINT =
   'install a Vulkan driver (your GPU vendor\'s, or Mesa\'s software driver: "npm run driver" does it on Debian)';
 
+/** Of an instance: without them adapters hide subgroup matrices, and on NVIDIA halves. */
+export const DAWN_FEATURES = 'enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia';
+
 function createInstance(options: DeviceOptions): GPU {
   return create([
-    'enable-dawn-features=allow_unsafe_apis,vulkan_enable_f16_on_nvidia',
+    DAWN_FEATURES,
     'disable-dawn-features=timestamp_quantization',
     ...(options.backend ? [`backend=${options.backend}`] : []),
     ...(options.adapter ? [`adapter=${options.adapter}`] : []),
@@ -77,7 +80,8 @@ export async function listAdapters(): Promise<readonly AdapterFacts[]> {
 /** A feature of Dawn that the types do not know. */
 const MATRIX_FEATURE = 'chromium-experimental-subgroup-matrix' as GPUFeatureName;
 
-interface MatrixConfig {
+/** Of Dawn's adapter info, which the types do not know either. */
+export interface MatrixConfig {
   readonly componentType: string;
   readonly resultComponentType: string;
   readonly M: number;

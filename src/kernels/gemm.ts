@@ -175,6 +175,9 @@ export interface LoraOperands {
 
 export const tapsOf = (rows: Rows): number => (rows.kind === 'conv3' ? 9 : 1);
 
+/** Columns of a layer: gates are columns of their own until they are stored. */
+export const columnsOf = ({ n, gated }: Pick<GemmArgs, 'n' | 'gated'>): number => (gated ? 2 * n : n);
+
 /** Panels of out that a dispatch computes. */
 export const panelsOf = ({ n, panels }: GemmArgs): number => panels ?? ceilDiv(n, PANEL);
 
@@ -218,8 +221,8 @@ const sources = ({ x, rows }: GemmArgs): Record<string, Operand> =>
 
 /** How a layer is computed, K in one piece unless there are other `ways`. */
 export function pickGemm(sizes: GemmSizes, capabilities: Capabilities, ways?: Ways): GemmChoice {
-  const columns = (sizes.gated ? 2 : 1) * sizes.n;
-  const { choice, decision } = pick(gemm, capabilities, { ...shapeOf(sizes), columns }, undefined, ways);
+  const shape = { ...shapeOf(sizes), columns: columnsOf(sizes) };
+  const { choice, decision } = pick(gemm, capabilities, shape, undefined, ways);
   return { splits: 1, ...choice, decision };
 }
 
@@ -236,7 +239,7 @@ export function gemmOf(args: GemmArgs, capabilities: Capabilities, lora?: LoraOp
   const tile = TILES[variant]!;
   if (splits > 1 && !tile.cutsK) throw new Error(`${args.label}: ${variant} does not cut K`);
   const panels = panelsOf(args);
-  const columns = (args.gated ? 2 : 1) * Math.min(panels * PANEL, args.n);
+  const columns = columnsOf({ ...args, n: Math.min(panels * PANEL, args.n) });
   const rows = variant === 'winograd' ? runsOf(args) : args.m;
   return {
     kernel: gemm,

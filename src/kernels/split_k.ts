@@ -14,6 +14,7 @@ import {
 } from '../gpu/kernel.ts';
 import { EPILOGUE, epilogueConstants, epilogueOperands, epilogueParams, NO_EPILOGUE } from './epilogue.ts';
 import {
+  columnsOf,
   type GemmArgs,
   type GemmChoice,
   type GemmSizes,
@@ -84,9 +85,6 @@ function splitsOf(sizes: GemmSizes, variant: string, { software }: Capabilities)
   const others = OTHERS.filter((n) => n !== byRules && n <= most && n * tiles <= 2 * ENOUGH_WORKGROUPS);
   return [byRules, ...(byRules === 1 ? [] : [1]), ...others];
 }
-
-/** Columns of the layer: gates are columns of their own until they are reduced. */
-const columnsOf = ({ n, gated }: Pick<GemmArgs, 'n' | 'gated'>): number => (gated ? 2 * n : n);
 
 /** Values of a layer's partial sums. */
 export const partialsOf = (

@@ -4,6 +4,7 @@
  */
 import { randomFillSync } from 'node:crypto';
 import { closeSync, openSync, writeSync } from 'node:fs';
+import { headOf } from '../safetensors-header.ts';
 import type { UNetConfig, UNetModule } from '../unet/config.ts';
 import { layersOf, tensorsOf } from '../unet/layers.ts';
 
@@ -120,15 +121,12 @@ function writeRandom(path: string, tensors: ReadonlyMap<string, readonly number[
     end += 2 * shape.reduce((product, size) => product * size, 1);
     return [name, { dtype: 'F16', shape, data_offsets: [start, end] }] as const;
   });
-  const text = JSON.stringify(Object.fromEntries(entries));
-  const header = new TextEncoder().encode(text.padEnd(Math.ceil(text.length / 8) * 8));
-  const length = new Uint8Array(8);
-  new DataView(length.buffer).setBigUint64(0, BigInt(header.byteLength), true);
+  const head = headOf(JSON.stringify(Object.fromEntries(entries)), path);
   const halves = randomFillSync(new Uint16Array(BLOCK_BYTES / 2)).map((bits) => (bits & 0x83ff) | 0x2800);
   const block = new Uint8Array(halves.buffer);
   const file = openSync(path, 'w');
   try {
-    for (const bytes of [length, header]) writeSync(file, bytes);
+    writeSync(file, head);
     for (let at = 0; at < end; at += BLOCK_BYTES)
       writeSync(file, block.subarray(0, Math.min(BLOCK_BYTES, end - at)));
   } finally {

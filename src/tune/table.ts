@@ -1,20 +1,7 @@
 /** What was measured, as text for a terminal. */
+import { columns } from '../format.ts';
 import type { Choice } from '../gpu/kernel.ts';
 import type { Forward, Row, Tuned } from './tune.ts';
-
-type Align = 'left' | 'right';
-
-/** Columns as wide as their widest cell. */
-function columns(rows: readonly (readonly string[])[], aligns: readonly Align[]): string {
-  const widths = aligns.map((_, i) => Math.max(...rows.map((row) => row[i]!.length)));
-  const lines = rows.map((row) =>
-    row
-      .map((cell, i) => (aligns[i] === 'left' ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!)))
-      .join('  ')
-      .trimEnd(),
-  );
-  return `${lines.join('\n')}\n`;
-}
 
 /** `broadcast32`, and what else there is to it: `sgm16 splits=4`. */
 const choiceText = ({ variant, ...rest }: Choice): string =>
