@@ -57,7 +57,8 @@ export interface Case {
   readonly variants?: readonly string[];
   /** Storages worth a run; both when left out. Wide tensors are what they are anyway in f32. */
   readonly storages?: readonly Storage[];
-  readonly build: (storage: Storage) => Built;
+  /** What is expected of a variant, where its formula asks for a reference of its own. */
+  readonly build: (storage: Storage, variant?: string) => Built;
 }
 
 /** Which tensors of a shape are f32 whatever the storage, by operand name. */

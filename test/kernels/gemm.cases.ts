@@ -190,14 +190,21 @@ const apart = (dispatch: Dispatch): readonly Dispatch[] =>
     grid: [dispatch.grid[0], dispatch.grid[1], 1],
   }));
 
-function build(shape: GemmShape, storage: Storage): Built {
+/** The weights that a variant multiplies: matrix units for halves take an 8-bit number times its scale as the nearest half. */
+const multiplied = ({ w, blocks }: Data, variant: string | undefined): Float32Array =>
+  blocks && gemm.variants[variant ?? '']?.matrix?.input === 'f16' ? stored(w, 'f16') : w;
+
+function build(shape: GemmShape, storage: Storage, variant?: string): Built {
   const data = gemmData(shape, storage);
   const { images, m, k, lora } = data;
   const outputs: Record<string, Output> = {
     out: {
       as: formatOf(shape, 'out'),
       count: images * m * shape.n,
-      expected: () => inSegments(reference(shape, data), images * m, shape.n, segmentsOf(shape, images * m)),
+      expected: () => {
+        const out = reference(shape, { ...data, w: multiplied(data, variant) });
+        return inSegments(out, images * m, shape.n, segmentsOf(shape, images * m));
+      },
       tolerance: tolerance(formatOf(shape, 'out'), storage, k + 64),
     },
   };
@@ -246,7 +253,7 @@ export const gemmCase = (shape: GemmShape): Case => ({
   kernel: gemm,
   variants: Object.keys(gemm.variants).filter((variant) => runs(variant, shape)),
   ...(shape.blocks ? { storages: ['f16'] } : storagesOf(shape)),
-  build: (storage) => build(shape, storage),
+  build: (storage, variant) => build(shape, storage, variant),
 });
 
 export const CASES: readonly Case[] = [...GEMM_SHAPES, ...SPLIT_K_SHAPES].map(gemmCase);

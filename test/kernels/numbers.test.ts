@@ -29,7 +29,7 @@ const able = (kernel: Kernel, variant: string, storage: Storage): boolean =>
   device === undefined || runsOn(kernel.variants[variant]!, device.capabilities, storage);
 
 async function check(one: Case, variant: string, storage: Storage): Promise<void> {
-  const built = one.build(storage);
+  const built = one.build(storage, variant);
   const { outputs, damaged } = await runCase(device!, built, storage, variant);
   const problems = damaged.map((name) => `bytes around or inside ${name} were overwritten`);
   for (const [name, { expected, tolerance }] of Object.entries(built.outputs)) {
