@@ -89,20 +89,16 @@ function build(shape: AttentionShape, storage: Storage): Built {
   };
 }
 
-/**
- * Variants that run a head width. `broadcast` takes none of many odd quads, for which 28 stands. `direct` has nothing that depends
- * on the width, and a software driver unrolls it for half a minute at some: it is left out of these.
- */
-function variantsOf(headDim: number): readonly string[] {
-  if (headDim % 4) return ['scalar'];
-  const without = { 28: 'broadcast', 48: 'direct', 64: 'direct' }[headDim];
-  return Object.keys(attention.variants).filter((variant) => variant !== without);
+/** Variants that take a head width; all when nothing is said. 28 stands for widths of many odd quads. */
+function variantsOf(headDim: number): Pick<Case, 'variants'> {
+  if (headDim % 4) return { variants: ['scalar'] };
+  return headDim === 28 ? { variants: Object.keys(attention.variants).filter((v) => v !== 'broadcast') } : {};
 }
 
 export const attentionCase = (shape: AttentionShape): Case => ({
   name: shape.name,
   kernel: attention,
-  variants: variantsOf(shape.headDim),
+  ...variantsOf(shape.headDim),
   build: (storage) => build(shape, storage),
 });
 
