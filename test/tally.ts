@@ -1,22 +1,19 @@
 /** Names what failed and what was skipped, and prints the closing line `N passed, N failed[, N skipped]`; collects nothing else. */
+import type { SerializedError } from 'vitest';
 import type { Reporter, TestModule } from 'vitest/node';
 
-/** The first line of an error's message. */
-const brief = (error: unknown): string =>
-  String((error as Error | undefined)?.message ?? error).split('\n', 1)[0] as string;
-
 export default class Tally implements Reporter {
-  onTestRunEnd(modules: readonly TestModule[], unhandled: readonly unknown[]): void {
+  onTestRunEnd(modules: readonly TestModule[], unhandled: readonly SerializedError[]): void {
     const count = { passed: 0, failed: 0, skipped: 0 };
-    const fail = (what: string, error: unknown) => {
+    const fail = (what: string, error: SerializedError | undefined) => {
       count.failed += 1;
-      console.log(`failed: ${what}: ${brief(error)}`);
+      console.log(`failed: ${what}: ${error?.message.split('\n', 1)[0]}`);
     };
     for (const error of unhandled) fail('outside of any test', error);
     for (const module of modules) {
       const file = module.relativeModuleId;
-      const errors = module.errors();
-      if (errors.length > 0) fail(file, errors[0]);
+      const [error] = module.errors();
+      if (error) fail(file, error);
       for (const test of module.children.allTests()) {
         const { state, errors } = test.result();
         if (state === 'passed') count.passed += 1;
