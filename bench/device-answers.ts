@@ -92,7 +92,7 @@ export function answersOf(found: Found): readonly Answer[] {
       answer: listed(
         stepRows(found, 'by rules'),
         (row) =>
-          `${FULL_MODELS[row.model]} ${row.encodeUs.toFixed(1)} us, submit ${row.submitMs.toFixed(1)} ms`,
+          `${FULL_MODELS[row.model]} ${row.encoding.us.toFixed(1)} us, submit ${row.submitMs.toFixed(1)} ms`,
       ),
     },
     { question: 'tuned in whole UNets', answer: tuningText(found) },

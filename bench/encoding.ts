@@ -1,6 +1,7 @@
 /**
  * What encoding a forward costs on the CPU. `encodingOf` encodes the plan that the engine runs, over weights that stand in, again
- * and again without submitting it, so it tells the steady state of a server. `submitting` times the submits of real work.
+ * and again without submitting it, so it tells the steady state of a server; in turns with it, the calls of the bindings alone.
+ * `submitting` times the submits of real work.
  */
 import { globals } from 'webgpu';
 import { Arena } from '../src/gpu/arena.ts';
@@ -18,17 +19,59 @@ const WARM_UP = 50;
 /** More than the element of any binding; no bytes of it are ever read. */
 const STAND_IN_BYTES = 4096;
 
-/**
- * Microseconds of processor time a dispatch, the median of many encodings: all calls from the start of the compute pass to its
- * end. The process does nothing else meanwhile.
- */
+/** Microseconds of processor time a dispatch, medians of many encodings. */
+export interface Encoding {
+  /** All that a plan does from the start of its compute pass to its end. */
+  readonly us: number;
+  /** The calls that it makes, and nothing between them. */
+  readonly callsUs: number;
+}
+
+interface Call {
+  pipeline: GPUComputePipeline;
+  bindGroup: GPUBindGroup;
+  grid: readonly [number, number, number];
+}
+
+/** What a plan calls, dispatch by dispatch. */
+function callsOf(plan: Plan): readonly Call[] {
+  const calls: Call[] = [];
+  let call: Partial<Call> = {};
+  const pass = {
+    setPipeline: (pipeline: GPUComputePipeline) => {
+      call.pipeline = pipeline;
+    },
+    setBindGroup: (_: number, bindGroup: GPUBindGroup) => {
+      call.bindGroup = bindGroup;
+    },
+    dispatchWorkgroups: (...grid: readonly [number, number, number]) => {
+      calls.push({ ...call, grid } as Call);
+      call = {};
+    },
+    end: () => {},
+  };
+  plan.encode({ beginComputePass: () => pass } as unknown as GPUCommandEncoder);
+  return calls;
+}
+
+function encodeCalls(encoder: GPUCommandEncoder, calls: readonly Call[]): void {
+  const pass = encoder.beginComputePass();
+  for (const { pipeline, bindGroup, grid } of calls) {
+    pass.setPipeline(pipeline);
+    pass.setBindGroup(0, bindGroup);
+    pass.dispatchWorkgroups(grid[0], grid[1], grid[2]);
+  }
+  pass.end();
+}
+
+/** The process does nothing else meanwhile. */
 export async function encodingOf(
   device: Device,
   config: UNetConfig,
   shape: UNetShape,
   storage: Storage,
   capabilities: Capabilities,
-): Promise<number> {
+): Promise<Encoding> {
   const buffer = device.createBuffer('stand-in', STAND_IN_BYTES, Usage.STORAGE);
   const standIn: Resident = {
     ...{ kind: 'resident', label: 'stand-in', offset: 0, sizeBytes: 0 },
@@ -39,18 +82,22 @@ export async function encodingOf(
   const plan = await Plan.compile(device, arena, spec);
   try {
     await arena.ensure(plan.arenaBytes);
-    const times: number[] = [];
-    for (let i = -WARM_UP; i < ENCODES; i++) {
+    const calls = callsOf(plan);
+    const each = (encode: (encoder: GPUCommandEncoder) => void): number => {
       const encoder = device.gpu.createCommandEncoder();
       const before = process.cpuUsage();
-      plan.encode(encoder);
+      encode(encoder);
       const { user, system } = process.cpuUsage(before);
       encoder.finish();
-      if (i >= 0) times.push(user + system);
-    }
+      return (user + system) / calls.length;
+    };
+    const rounds = Array.from({ length: WARM_UP + ENCODES }, () => ({
+      us: each((encoder) => plan.encode(encoder)),
+      callsUs: each((encoder) => encodeCalls(encoder, calls)),
+    })).slice(WARM_UP);
     // Validation errors of an encoding arrive with the next wait.
     await device.settle(() => device.gpu.queue.onSubmittedWorkDone());
-    return median(times) / plan.dispatchCount;
+    return { us: median(rounds.map(({ us }) => us)), callsUs: median(rounds.map(({ callsUs }) => callsUs)) };
   } finally {
     plan.close();
     arena.close();

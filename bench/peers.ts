@@ -11,7 +11,7 @@ import { factsOf, writeResult } from './facts.ts';
 import { median } from './measure.ts';
 import { type Ratio, ratioOf } from './pairs.ts';
 import { Contender, type Run } from './peers/contender.ts';
-import { install, type Need, PYTHON, writeGraphs } from './peers/install.ts';
+import { install, type Need, PYTHON, SD_CPP, writeGraphs } from './peers/install.ts';
 import { jobOf, type Op, STEPS, WORKS, type Work } from './peers/works.ts';
 
 export interface PeersBenchOptions {
@@ -73,6 +73,12 @@ const peersOf = (given: string | undefined): readonly Peer[] => {
       command: [PYTHON, 'bench/peers/ncnn_vulkan.py'],
       needs: ['venv'],
       ops: ['conv'],
+    },
+    {
+      name: 'stable-diffusion.cpp Vulkan',
+      command: [PYTHON, 'bench/peers/sd_cpp.py', SD_CPP],
+      needs: ['sd_cpp'],
+      ops: ['unet'],
     },
   ];
 };
@@ -165,7 +171,7 @@ function show(row: Row): void {
   const ms = (value: number): string => value.toFixed(value < 10 ? 2 : 1).padStart(10);
   const times = (ratio: Ratio): string => `${ratio.median.toFixed(2)}x`.padStart(9);
   console.log(
-    `${row.work.padEnd(24)} ${row.peer.padEnd(24)}${row.storage.padEnd(4)}${ms(row.peerMs)}${ms(row.oursMs)}` +
+    `${row.work.padEnd(24)} ${row.peer.padEnd(28)}${row.storage.padEnd(4)}${ms(row.peerMs)}${ms(row.oursMs)}` +
       `${times(row.ratio)} (${row.ratio.low.toFixed(2)} to ${row.ratio.high.toFixed(2)})`.padEnd(27) +
       `${times(row.coreRatio)}   ${row.difference.toExponential(1)}`,
   );
@@ -218,7 +224,7 @@ export async function benchPeers(options: PeersBenchOptions): Promise<void> {
   device.close();
   console.log(`medians of ${options.rounds} rounds in turns, in ms; processor: ratio of processor time`);
   console.log(
-    `${'work'.padEnd(25)}${'peer'.padEnd(24)}ours${'peer ms'.padStart(10)}${'ours ms'.padStart(10)}` +
+    `${'work'.padEnd(25)}${'peer'.padEnd(28)}ours${'peer ms'.padStart(10)}${'ours ms'.padStart(10)}` +
       `${'ratio'.padStart(9)}${''.padEnd(17)}${'processor'.padStart(10)}   difference`,
   );
   const rows: Row[] = [];

@@ -58,7 +58,7 @@ const nameOf = ({ model, size, batch }: UNetResult['rows'][number]): string =>
 const unet: Section<UNetResult> = {
   head: [
     ...['forward', 'ms', 'over batch 1', 'by processor time', 'GFLOP/s', 'of the peak', 'of the roofline'],
-    ...['dispatches', 'us to encode each', 'where the time goes'],
+    ...['dispatches', 'us to encode each', 'of them in calls', 'where the time goes'],
   ],
   rows: ({ rows, rates }) =>
     rows.map((row) => {
@@ -71,7 +71,8 @@ const unet: Section<UNetResult> = {
       return [
         ...[nameOf(row), fixed(row.gpuMs, 0), one ? times(row.gpuMs / one.gpuMs) : '-', fixed(row.coreMs, 0)],
         ...[fixed(row.flops / row.gpuMs / 1e6), percent(row.flops / row.gpuMs / rates.flops)],
-        ...[percent(row.rooflineMs / row.gpuMs), String(row.dispatches), fixed(row.encodeUs)],
+        ...[percent(row.rooflineMs / row.gpuMs), String(row.dispatches)],
+        ...[fixed(row.encoding.us), fixed(row.encoding.callsUs)],
         shares.join(', '),
       ];
     }),

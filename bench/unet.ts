@@ -10,7 +10,7 @@ import { Device } from '../src/gpu/device.ts';
 import type { Capabilities, Storage } from '../src/gpu/kernel.ts';
 import type { Timing } from '../src/gpu/plan.ts';
 import { baseDispatches, drafted, familyOf, leastBytes } from './draft.ts';
-import { encodingOf, submitting } from './encoding.ts';
+import { type Encoding, encodingOf, submitting } from './encoding.ts';
 import { factsOf, writeResult } from './facts.ts';
 import { CONFIGS, FULL_MODELS, type FullModel, modelFile, shapeOf, stepOf } from './full-size.ts';
 import { driverCpuMs, type Measured, median, quantile } from './measure.ts';
@@ -55,7 +55,8 @@ interface Row {
   readonly coreMs: number | undefined;
   readonly flops: number;
   readonly dispatches: number;
-  readonly encodeUs: number;
+  /** A dispatch. */
+  readonly encoding: Encoding;
   readonly submitMs: number;
   readonly rooflineMs: number;
   readonly families: readonly Family[];
@@ -161,7 +162,7 @@ async function measureForward(
     spreadMs: quantile(gpus, 0.75) - quantile(gpus, 0.25),
     flops: sum('flops'),
     dispatches: sum('dispatches'),
-    encodeUs: await encodingOf(device, CONFIGS[model], shapeOf(batch, size), storage, peaks.capabilities),
+    encoding: await encodingOf(device, CONFIGS[model], shapeOf(batch, size), storage, peaks.capabilities),
     submitMs: of('submit'),
     rooflineMs: sum('rooflineMs'),
   };
@@ -181,7 +182,8 @@ function show(row: Row, peaks: Peaks): void {
   );
   if (coreMs !== undefined) console.log(`  by processor time ${coreMs.toFixed(0)} ms: ${speed(coreMs)}`);
   console.log(
-    `  ${row.dispatches} dispatches, encoded in ${row.encodeUs.toFixed(1)} us each, submitted in ${row.submitMs.toFixed(1)} ms`,
+    `  ${row.dispatches} dispatches, encoded in ${row.encoding.us.toFixed(1)} us each (calls of the bindings ` +
+      `${row.encoding.callsUs.toFixed(1)}), submitted in ${row.submitMs.toFixed(1)} ms`,
   );
   const total = families.reduce((sum, { ms }) => sum + ms, 0);
   for (const { name, dispatches, ms: took, flops: work, bytes, rooflineMs } of families)

@@ -4,6 +4,7 @@
  */
 import { execFileSync, spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { dirname } from 'node:path';
 import { ROOT } from '../../test/launch.ts';
 import { modelFile } from '../full-size.ts';
 import { type Job, PEERS } from './works.ts';
@@ -13,6 +14,9 @@ const REFERENCE = `${ROOT}.cache/reference-env/venv`;
 
 /** Has onnx, ncnn and tinygrad; and PyTorch, once `reference` is installed. */
 export const PYTHON: string = `${VENV}/bin/python`;
+
+/** What `sd_cpp.py` calls. */
+export const SD_CPP: string = `${PEERS}sd_cpp/libsd_unet.so`;
 
 const ONNXRUNTIME = 'onnxruntime-node@1.30.0';
 const PACKAGES = ['numpy', 'onnx==1.23.2', 'ncnn==1.0.20261020', 'tinygrad==0.14.0', 'dawn-python==0.3.0'];
@@ -48,18 +52,25 @@ function installReference(): void {
   writeFileSync(`${pythonFolder(VENV)}/reference.pth`, `${pythonFolder(REFERENCE)}\n`);
 }
 
+/** Once: what is built stays. */
+function buildSdCpp(): void {
+  installVenv();
+  if (!existsSync(SD_CPP)) call('bash', 'bench/peers/sd_cpp/build.sh', dirname(SD_CPP), PYTHON, '-m', 'pip');
+}
+
 function findCard(python: string): void {
   const check = 'import torch; assert torch.cuda.is_available(), "PyTorch finds no card with CUDA"';
   const { status, stderr, error } = spawnSync(python, ['-c', check], { encoding: 'utf8' });
   if (status !== 0) throw error ?? new Error(stderr.trim().split('\n').at(-1));
 }
 
-export type Need = 'npm' | 'venv' | 'reference' | 'card';
+export type Need = 'npm' | 'venv' | 'reference' | 'card' | 'sd_cpp';
 const STEPS: Readonly<Record<Need, (python: string) => void>> = {
   npm: installNpm,
   venv: installVenv,
   reference: installReference,
   card: findCard,
+  sd_cpp: buildSdCpp,
 };
 
 const done = new Map<Need, string | undefined>();

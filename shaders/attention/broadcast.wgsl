@@ -7,7 +7,7 @@
 // such a driver as much as tens of multiply-adds, hence so many queries; what a loop carries is masked at every turn,
 // hence several keys a turn.
 // Preconditions: subgroups of 8 lanes; TILE_KEYS a power of two up to 8; TILE_KEYS * HEAD_QUADS a multiple of 8, at
-// most 40.
+// most 80.
 
 // Loads a lane of a tile.
 const LOADS = TILE_KEYS * HEAD_QUADS / 8u;
@@ -20,9 +20,8 @@ alias Tile = array<vec4f, LOADS>;
 alias Scores = array<vec4f, TILE_KEYS>;
 alias Rows = array<mat4x4f, HEAD_QUADS>;
 
-// Adds what the eight quads of the load c contribute to the scores. Called for each c by name: lavapipe unrolls no loop past
-// 832 instructions in all, and an array indexed by anything but a constant costs it a gather an element.
-fn score(s: ptr<function, Scores>, q: ptr<function, Rows>, k: ptr<function, Tile>, c: u32) {
+// Adds what the eight quads of the load c contribute to the scores.
+fn scoreLoad(s: ptr<function, Scores>, q: ptr<function, Rows>, k: ptr<function, Tile>, c: u32) {
   if (c >= LOADS) { return; }
   for (var lane = 0u; lane < 8u; lane++) {
     let at = c * 8u + lane;
@@ -30,8 +29,18 @@ fn score(s: ptr<function, Scores>, q: ptr<function, Rows>, k: ptr<function, Tile
   }
 }
 
+// Five loads, called for each by name: lavapipe unrolls no loop past 832 instructions in all, and an array indexed by anything
+// but a constant costs it a gather an element.
+fn score(s: ptr<function, Scores>, q: ptr<function, Rows>, k: ptr<function, Tile>, first: u32) {
+  scoreLoad(s, q, k, first);
+  scoreLoad(s, q, k, first + 1u);
+  scoreLoad(s, q, k, first + 2u);
+  scoreLoad(s, q, k, first + 3u);
+  scoreLoad(s, q, k, first + 4u);
+}
+
 // Adds the weighted values of a tile to the c-th 8 / TILE_KEYS quads of the sums.
-fn weigh(sum: ptr<function, Rows>, weight: ptr<function, Scores>, v: ptr<function, Tile>, c: u32) {
+fn weighLoad(sum: ptr<function, Rows>, weight: ptr<function, Scores>, v: ptr<function, Tile>, c: u32) {
   if (c >= LOADS) { return; }
   for (var d = c * (8u / TILE_KEYS); d < (c + 1u) * (8u / TILE_KEYS); d++) {
     var r = (*sum)[d];
@@ -43,6 +52,14 @@ fn weigh(sum: ptr<function, Rows>, weight: ptr<function, Scores>, v: ptr<functio
     }
     (*sum)[d] = r;
   }
+}
+
+fn weigh(sum: ptr<function, Rows>, weight: ptr<function, Scores>, v: ptr<function, Tile>, first: u32) {
+  weighLoad(sum, weight, v, first);
+  weighLoad(sum, weight, v, first + 1u);
+  weighLoad(sum, weight, v, first + 2u);
+  weighLoad(sum, weight, v, first + 3u);
+  weighLoad(sum, weight, v, first + 4u);
 }
 
 @compute @workgroup_size(8)
@@ -78,10 +95,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
       var s = Scores();
       for (var c = 0u; c < LOADS; c++) { tile[c] = load_k(kBase + min(start + place[c], last)); }
       score(&s, &q, &tile, 0u);
-      score(&s, &q, &tile, 1u);
-      score(&s, &q, &tile, 2u);
-      score(&s, &q, &tile, 3u);
-      score(&s, &q, &tile, 4u);
+      score(&s, &q, &tile, 5u);
       high = vec4f(LOWEST);
       for (var n = 0u; n < TILE_KEYS; n++) { high = max(high, select(vec4f(LOWEST), s[n], j + n < p.keys)); }
       if (subgroupAny(any(high > reference + SLACK))) { break; }
@@ -91,10 +105,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
       }
       for (var c = 0u; c < LOADS; c++) { tile[c] = load_v(kBase + min(start + place[c], last)); }
       weigh(&sum, &s, &tile, 0u);
-      weigh(&sum, &s, &tile, 1u);
-      weigh(&sum, &s, &tile, 2u);
-      weigh(&sum, &s, &tile, 3u);
-      weigh(&sum, &s, &tile, 4u);
+      weigh(&sum, &s, &tile, 5u);
     }
     if (j >= p.keys) { break; }
     // The tile at j outgrew the reference; it is scored again with the new one.

@@ -51,22 +51,28 @@ export interface AttentionArgs {
 const QUERIES: Readonly<Record<string, number>> = { broadcast: 32 };
 
 /**
- * Keys of a tile of the `broadcast` variant: as many as keep it within 40 quads. 0 where no tile of whole loads exists:
- * widths whose quads are odd and many.
+ * Keys of a tile of the `broadcast` variant: as many as keep it within 40 quads, of halves within 80, which are loaded as fast;
+ * wide heads leave no room for that. 0 where no tile of whole loads exists: widths whose quads are odd and many.
  */
-function tileKeys(headDim: number): number {
+function tileKeys(headDim: number, storage: Storage): number {
   const quads = headDim / 4;
-  return [8, 4, 2, 1].find((keys) => keys * quads <= 40 && (keys * quads) % 8 === 0) ?? 0;
+  const most = storage === 'f16' && quads <= 20 ? 80 : 40;
+  return [8, 4, 2, 1].find((keys) => keys * quads <= most && (keys * quads) % 8 === 0) ?? 0;
 }
 
 /** Keys of a tile for matrix units: as many as leave all that lies in workgroup memory within 16 KiB. */
 const matrixKeys = (headDim: number, { input }: MatrixShape): number =>
   headDim * storageBytes(input) <= 160 ? 32 : 16;
 
-function constantsOf(headDim: number, variant: string, capabilities: Capabilities): Dispatch['constants'] {
+function constantsOf(
+  headDim: number,
+  storage: Storage,
+  variant: string,
+  capabilities: Capabilities,
+): Dispatch['constants'] {
   if (variant === 'scalar') return { HEAD_DIM: headDim };
   const HEAD_QUADS = headDim / 4;
-  if (variant === 'broadcast') return { HEAD_QUADS, TILE_KEYS: tileKeys(headDim) };
+  if (variant === 'broadcast') return { HEAD_QUADS, TILE_KEYS: tileKeys(headDim, storage) };
   const spec = attention.variants[variant];
   if (!spec?.matrix) return { HEAD_QUADS };
   return { HEAD_QUADS, TILE_KEYS: matrixKeys(headDim, spec.matrix), ...lanesOf(spec, capabilities) };
@@ -75,7 +81,7 @@ function constantsOf(headDim: number, variant: string, capabilities: Capabilitie
 export function attentionOf(args: AttentionArgs, capabilities: Capabilities, variant?: string): Dispatch {
   const { images, heads, headDim, queries, keys, q, k, v, out } = args;
   const format = args.storage ?? 'f32';
-  const shape = { format, images, rows: queries, headDim, keys, tileKeys: tileKeys(headDim) };
+  const shape = { format, images, rows: queries, headDim, keys, tileKeys: tileKeys(headDim, format) };
   const { choice, decision } = pick(attention, capabilities, shape, variant);
   const chosen = choice.variant;
   // Odd widths: the fewest heads that fill whole quads.
@@ -85,7 +91,7 @@ export function attentionOf(args: AttentionArgs, capabilities: Capabilities, var
     variant: chosen,
     decision,
     choices: {},
-    constants: constantsOf(headDim, chosen, capabilities),
+    constants: constantsOf(headDim, format, chosen, capabilities),
     operands: { q, k, v, out },
     params: { queries, keys, rowQuads: (heads * headDim) / 4, scale: 1 / Math.sqrt(headDim) },
     grid: [ceilDiv(queries, QUERIES[chosen] ?? 64), ceilDiv(heads, headsEach), images],

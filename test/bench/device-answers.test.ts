@@ -12,7 +12,9 @@ const answer = (all: Found, to: string): string | undefined =>
 
 const step = (gpuMs: number) => ({
   rates: { flops: 4e9, bytes: 1e9 },
-  rows: [{ model: 'sd15', size: 64, batch: 2, gpuMs, flops: 40e9, encodeUs: 2.5, submitMs: 1 }],
+  rows: [
+    { model: 'sd15', size: 64, batch: 2, gpuMs, flops: 40e9, encoding: { us: 2.5, callsUs: 2 }, submitMs: 1 },
+  ],
 });
 
 test('without any stage nothing is claimed', () => {

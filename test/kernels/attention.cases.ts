@@ -81,7 +81,7 @@ function build(shape: AttentionShape, storage: Storage): Built {
     bytes: 2 * (data.q.length + data.k.length) * (storage === 'f16' ? 2 : 4),
     dispatches: ({ q, k, v, out }, capabilities, variant) => [
       attentionOf(
-        { label: name, images, heads, headDim, queries, keys, q: q!, k: k!, v: v!, out: out! },
+        { label: name, images, heads, headDim, queries, keys, storage, q: q!, k: k!, v: v!, out: out! },
         capabilities,
         variant,
       ),
