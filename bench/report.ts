@@ -57,19 +57,20 @@ const nameOf = ({ model, size, batch }: UNetResult['rows'][number]): string =>
 
 const unet: Section<UNetResult> = {
   head: [
-    ...['forward', 'ms', 'over batch 1', 'by processor time', 'GFLOP/s', 'of the peak', 'of the roofline'],
+    ...['forward', 'ms', 'by processor time', 'over the first batch', 'by processor time'],
+    ...['GFLOP/s', 'of the peak', 'of the roofline'],
     ...['dispatches', 'us to encode each', 'of them in calls', 'where the time goes'],
   ],
   rows: ({ rows, rates }) =>
     rows.map((row) => {
-      const one = rows.find(({ size, batch }) => size === row.size && batch === 1);
       const total = row.families.reduce((sum, family) => sum + family.ms, 0);
       const shares = row.families
         .map(({ name, ms }) => ({ name, share: ms / total }))
         .filter(({ share }) => share >= LEAST_SHARE)
         .map(({ name, share }) => `${name} ${percent(share)}`);
       return [
-        ...[nameOf(row), fixed(row.gpuMs, 0), one ? times(row.gpuMs / one.gpuMs) : '-', fixed(row.coreMs, 0)],
+        ...[nameOf(row), fixed(row.gpuMs, 0), fixed(row.coreMs, 0)],
+        ...[times(row.overFirst.median), row.coreOverFirst ? times(row.coreOverFirst.median) : '-'],
         ...[fixed(row.flops / row.gpuMs / 1e6), percent(row.flops / row.gpuMs / rates.flops)],
         ...[percent(row.rooflineMs / row.gpuMs), String(row.dispatches)],
         ...[fixed(row.encoding.us), fixed(row.encoding.callsUs)],

@@ -6,6 +6,7 @@ import { existsSync } from 'node:fs';
 import { cpus } from 'node:os';
 import { Engine } from '../src/engine/engine.ts';
 import { tunedChoices } from '../src/engine/tuning.ts';
+import type { Batch } from '../src/engine/types.ts';
 import { Device } from '../src/gpu/device.ts';
 import type { Capabilities, Storage } from '../src/gpu/kernel.ts';
 import type { Timing } from '../src/gpu/plan.ts';
@@ -14,6 +15,7 @@ import { type Encoding, encodingOf, submitting } from './encoding.ts';
 import { factsOf, writeResult } from './facts.ts';
 import { CONFIGS, FULL_MODELS, type FullModel, modelFile, shapeOf, stepOf } from './full-size.ts';
 import { driverCpuMs, type Measured, median, quantile } from './measure.ts';
+import { type Ratio, ratioOf } from './pairs.ts';
 import { peakOf, peaksOf, rateOf } from './peak.ts';
 
 export interface UNetBenchOptions {
@@ -53,6 +55,9 @@ interface Row {
   readonly spreadMs: number;
   /** Processor time of a software driver's threads over all cores: what an idle machine would take. */
   readonly coreMs: number | undefined;
+  /** The time of the first batch measured, which ran in turns with this one, goes into this one's so many times. */
+  readonly overFirst: Ratio;
+  readonly coreOverFirst: Ratio | undefined;
   readonly flops: number;
   readonly dispatches: number;
   /** A dispatch. */
@@ -127,47 +132,72 @@ function familiesOf(
   return [...families.values()].sort((a, b) => b.ms - a.ms);
 }
 
-async function measureForward(
+/** One forward; `core` is NaN where it cannot be told. */
+interface Run {
+  readonly wall: number;
+  readonly gpu: number;
+  readonly core: number;
+  readonly submit: number;
+}
+
+async function runOf(engine: Engine, batch: Batch): Promise<Run> {
+  const before = driverCpuMs() ?? Number.NaN;
+  const begun = performance.now();
+  const [submit, { gpuMs }] = await submitting(() => engine.forward(batch));
+  const wall = performance.now() - begun;
+  const core = ((driverCpuMs() ?? Number.NaN) - before) / cpus().length;
+  return { wall, gpu: gpuMs, core, submit };
+}
+
+/** Forwards of one size, batch by batch in turns, since a machine that others use is not as fast at all times. */
+async function measureSize(
   engine: Engine,
   device: Device,
   options: UNetBenchOptions,
-  [size, batch]: readonly [number, number],
+  size: number,
   peaks: Peaks,
-): Promise<Row> {
-  const { model, storage, rounds } = options;
-  const request = { model, requests: [stepOf(batch, size, model)] };
+): Promise<readonly Row[]> {
+  const { model, batches, storage, rounds } = options;
+  const { capabilities } = peaks;
+  const requests = batches.map((images) => ({ model, requests: [stepOf(images, size, model)] }));
   // The first compiles and binds.
-  await engine.forward(request);
-  const runs: { wall: number; gpu: number; core: number; submit: number }[] = [];
-  for (let round = 0; round < rounds; round++) {
-    const core = driverCpuMs();
-    const begun = performance.now();
-    const [submit, { gpuMs }] = await submitting(() => engine.forward(request));
-    const wall = performance.now() - begun;
-    const spent = core === undefined ? Number.NaN : (driverCpuMs() ?? Number.NaN) - core;
-    runs.push({ wall, gpu: gpuMs, core: spent / cpus().length, submit });
+  for (const request of requests) await engine.forward(request);
+  const runs = requests.map((): Run[] => []);
+  for (let round = 0; round < rounds; round++)
+    for (const [i, request] of requests.entries()) runs[i]!.push(await runOf(engine, request));
+  const rows: Row[] = [];
+  for (const [i, batch] of batches.entries()) {
+    const own = runs[i]!;
+    const of = (what: keyof Run): readonly number[] => own.map((run) => run[what]);
+    const over = (what: 'gpu' | 'core'): Ratio =>
+      ratioOf(own.map((run, round) => run[what] / runs[0]![round]![what]));
+    const gpuMs = median(of('gpu'));
+    const isTold = capabilities.software && !of('core').some(Number.isNaN);
+    const coreMs = isTold ? median(of('core')) : undefined;
+    const profiles: (readonly Timing[])[] = [];
+    for (let round = 0; round < PROFILES; round++) profiles.push(await engine.profile(requests[i]!));
+    const families = familiesOf(profiles, coreMs ?? gpuMs, options, shapeOf(batch, size), peaks);
+    const sum = (what: 'dispatches' | 'flops' | 'rooflineMs'): number =>
+      families.reduce((total, family) => total + family[what], 0);
+    const sorted = [...of('gpu')].sort((a, b) => a - b);
+    rows.push({
+      ...{ model, size, batch, storage, gpuMs, coreMs, families },
+      wallMs: median(of('wall')),
+      spreadMs: quantile(sorted, 0.75) - quantile(sorted, 0.25),
+      overFirst: over('gpu'),
+      coreOverFirst: isTold ? over('core') : undefined,
+      flops: sum('flops'),
+      dispatches: sum('dispatches'),
+      encoding: await encodingOf(device, CONFIGS[model], shapeOf(batch, size), storage, capabilities),
+      submitMs: median(of('submit')),
+      rooflineMs: sum('rooflineMs'),
+    });
   }
-  const of = (what: keyof (typeof runs)[number]): number => median(runs.map((run) => run[what]));
-  const gpus = runs.map(({ gpu }) => gpu).sort((a, b) => a - b);
-  const coreMs = peaks.capabilities.software && !Number.isNaN(of('core')) ? of('core') : undefined;
-  const profiles: (readonly Timing[])[] = [];
-  for (let round = 0; round < PROFILES; round++) profiles.push(await engine.profile(request));
-  const families = familiesOf(profiles, coreMs ?? of('gpu'), options, shapeOf(batch, size), peaks);
-  const sum = (what: 'dispatches' | 'flops' | 'rooflineMs'): number =>
-    families.reduce((total, family) => total + family[what], 0);
-  return {
-    ...{ model, size, batch, storage, coreMs, families },
-    wallMs: of('wall'),
-    gpuMs: of('gpu'),
-    spreadMs: quantile(gpus, 0.75) - quantile(gpus, 0.25),
-    flops: sum('flops'),
-    dispatches: sum('dispatches'),
-    encoding: await encodingOf(device, CONFIGS[model], shapeOf(batch, size), storage, peaks.capabilities),
-    submitMs: of('submit'),
-    rooflineMs: sum('rooflineMs'),
-  };
+  return rows;
 }
 
+const times = ({ median, low, high }: Ratio): string =>
+  `${median.toFixed(2)} (${low.toFixed(2)} to ${high.toFixed(2)})`;
 const percent = (share: number): string => `${(share * 100).toFixed(0)} %`;
 
 function show(row: Row, peaks: Peaks): void {
@@ -179,6 +209,11 @@ function show(row: Row, peaks: Peaks): void {
   console.log(
     `  ${wallMs.toFixed(0)} ms, on the GPU ${gpuMs.toFixed(0)} ± ${spreadMs.toFixed(0)} ms: ` +
       `${(flops / 1e9).toFixed(0)} GFLOP at ${speed(gpuMs)}`,
+  );
+  const { overFirst, coreOverFirst } = row;
+  console.log(
+    `  ${times(overFirst)} of the first batch's time` +
+      `${coreOverFirst ? `, ${times(coreOverFirst)} of its processor time` : ''}`,
   );
   if (coreMs !== undefined) console.log(`  by processor time ${coreMs.toFixed(0)} ms: ${speed(coreMs)}`);
   console.log(
@@ -195,7 +230,7 @@ function show(row: Row, peaks: Peaks): void {
 }
 
 export async function benchUNet(options: UNetBenchOptions): Promise<void> {
-  const { model, sizes, batches, storage, tuning = false, adapter } = options;
+  const { model, sizes, storage, tuning = false, adapter } = options;
   // An engine goes on without such a file; figures that are called tuned must not.
   if (tuning && !existsSync(tuning)) throw new Error(`${tuning} is not there: nothing was tuned`);
   const device = await Device.open({ adapter });
@@ -210,13 +245,13 @@ export async function benchUNet(options: UNetBenchOptions): Promise<void> {
     await engine.loadModel(file, storage);
     const loadMs = performance.now() - begun;
     console.log(`${file.path} loaded in ${(loadMs / 1000).toFixed(1)} s`);
-    for (const size of sizes)
-      for (const batch of batches) {
-        rows.push(await measureForward(engine, device, options, [size, batch], peaks));
-        show(rows.at(-1)!, peaks);
-        // What has been measured stays, however long the rest takes.
-        writeResult(options.json, 'unet', facts, { loadMs, rates, rows } satisfies UNetResult);
-      }
+    for (const size of sizes) {
+      const measured = await measureSize(engine, device, options, size, peaks);
+      for (const row of measured) show(row, peaks);
+      rows.push(...measured);
+      // What has been measured stays, however long the rest takes.
+      writeResult(options.json, 'unet', facts, { loadMs, rates, rows } satisfies UNetResult);
+    }
   } finally {
     await engine.close();
     device.close();
