@@ -21,7 +21,7 @@ struct Model {
   std::unique_ptr<UNetModelRunner> unet;
 };
 
-// Software drivers emulate arithmetic in f16: without it a forward is many times as fast there. Read when a device is opened.
+// Software drivers emulate arithmetic in f16. Read when a device is opened.
 void computeInF32OnSoftware() {
   char description[256] = "";
   ggml_backend_vk_get_device_description(0, description, sizeof description);
