@@ -10,10 +10,10 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   let m = tileRows(group.y * 32u, lane);
   let inside = min(m, vec4u(p.m - 1u));
   let rows = rowsAt(image, inside);
-  var left: array<mat4x4f, 4>;
-  var right: array<mat4x4f, 4>;
-  var gateLeft: array<mat4x4f, 4>;
-  var gateRight: array<mat4x4f, 4>;
+  var left: array<Rows, SPREAD>;
+  var right: array<Rows, SPREAD>;
+  var gateLeft: array<Rows, SPREAD>;
+  var gateRight: array<Rows, SPREAD>;
 
   let gates = p.panels * TAPS * p.kQuads * 32u;
   var w = group.x * TAPS * p.kQuads * 32u + lane;
@@ -38,7 +38,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   for (var half = 0u; half < blocks.y * 2u; half++) {
     let i = blocks.x + half / 2u;
     let h = half % 2u;
-    let a = transpose(mat4x4f(loraT(i, inside.x, h), loraT(i, inside.y, h), loraT(i, inside.z, h), loraT(i, inside.w, h)));
+    let a = Rows(loraT(i, inside.x, h), loraT(i, inside.y, h), loraT(i, inside.z, h), loraT(i, inside.w, h));
     let b = loraUp4(i, panel, h * 32u + lane);
     outer(&left, a, b, 0u);
     outer(&right, a, b, 4u);
@@ -59,8 +59,8 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     let i = j / 4u;
     let v = j % 4u;
     var r = array<vec4f, PANELS>();
-    r[0] = vec4f(sums[i][0][v], sums[i][1][v], sums[i][2][v], sums[i][3][v]);
-    if (GATED) { r[PANELS - 1u] = vec4f(gateSums[i][0][v], gateSums[i][1][v], gateSums[i][2][v], gateSums[i][3][v]); }
+    r[0] = sums[i][v];
+    if (GATED) { r[PANELS - 1u] = gateSums[i][v]; }
     store(image, m[v], panel * 8u + i, r);
   }
 }

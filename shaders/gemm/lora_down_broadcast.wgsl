@@ -20,8 +20,8 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   let m = tileRows(group.y * 32u, lane);
   let inside = min(m, vec4u(p.m - 1u));
   let rows = rowsAt(image, inside);
-  var left: array<mat4x4f, 4>;
-  var right: array<mat4x4f, 4>;
+  var left: array<Rows, SPREAD>;
+  var right: array<Rows, SPREAD>;
 
   var d = table[min(blocks.x + first + lane / 2u, last)].x + lane % 2u;
   for (var tap = 0u; tap < TAPS; tap++) {
@@ -46,7 +46,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     let i = j / 4u;
     let v = j % 4u;
     let block = table[blocks.x + first + i / 2u];
-    let sum = vec4f(sums[i][0][v], sums[i][1][v], sums[i][2][v], sums[i][3][v]);
+    let sum = sums[i][v];
     if (m[v] < p.m) { t[(block.w * p.m + m[v]) * 2u + i % 2u] = bitcast<f32>(block.z) * sum; }
   }
 }

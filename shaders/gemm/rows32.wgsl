@@ -1,7 +1,6 @@
 // Tiles of 32 rows of A for spread.wgsl: lane l owns the rows l, l + 8, l + 16 and l + 24 of the tile.
 
-alias Rows = mat4x4f;
-
+const OWNED = 4u;
 const SPREAD = 4u;
 
 // The lane's rows of the tile.
@@ -15,7 +14,7 @@ fn seekRows(rows: array<Row, 4>, tap: u32) -> array<Source, 4> {
   return array(seek(rows[0], tap), seek(rows[1], tap), seek(rows[2], tap), seek(rows[3], tap));
 }
 
-// Values 4c .. 4c+3 of the lane's rows, a row of the matrix each.
+// Values 4c .. 4c+3 of the lane's rows.
 fn loadRows(s: array<Source, 4>, c: u32) -> Rows {
-  return transpose(mat4x4f(loadA(s[0], c), loadA(s[1], c), loadA(s[2], c), loadA(s[3], c)));
+  return Rows(loadA(s[0], c), loadA(s[1], c), loadA(s[2], c), loadA(s[3], c));
 }

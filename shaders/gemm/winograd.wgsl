@@ -3,13 +3,12 @@
 // pixels of out, a run, are
 //   A^T sum((G g) * (B^T d)), over the channels and the three rows of taps g, where d are the six pixels that g reaches:
 // 6 products instead of 12. B^T d and G g are made from what is loaded; weights stay as they are packed, and nothing more
-// is stored. W is packed [n / 32][tap][channel][32]. A subgroup is a workgroup and computes 16 runs x 32 columns: lane l owns
-// the runs l and l + 8, see spread.wgsl. Low-rank terms are added to the pixels: in the transformed sums they would take two
+// is stored. W is packed [n / 32][tap][channel][32]. A subgroup is a workgroup and computes 8 * RUNS runs x 32 columns: lane l
+// owns the runs l, l + 8, ..., see spread.wgsl. Low-rank terms are added to the pixels: in the transformed sums they would take two
 // thirds more code.
 // Preconditions: subgroups of 8 lanes; A is a_conv3.wgsl with stride 1; no gates.
 
-alias Rows = mat4x2f;
-
+const OWNED = RUNS;
 const SPREAD = 8u;
 const RUN = 4u;
 
@@ -18,11 +17,10 @@ fn windowAt(row: Row, ky: u32) -> array<Source, 6> {
     pixel(row, ky, 5u));
 }
 
-// Values 4c .. 4c+3 of one pixel of the windows of both runs.
-fn loadPair(s: Source, s2: Source, c: u32) -> Rows { return transpose(mat2x4f(loadA(s, c), loadA(s2, c))); }
-
-// B^T d.
-fn inputTransform(d: array<Rows, 6>) -> array<Rows, 6> {
+// B^T d of the values 4c .. 4c+3 of a window's pixels.
+fn inputTransform(window: array<Source, 6>, c: u32) -> array<vec4f, 6> {
+  let d = array(loadA(window[0], c), loadA(window[1], c), loadA(window[2], c), loadA(window[3], c), loadA(window[4], c),
+    loadA(window[5], c));
   let even = d[4] - 4.0 * d[2];
   let odd = d[3] - 4.0 * d[1];
   let even2 = d[4] - d[2];
@@ -54,28 +52,37 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   let panel = p.panel0 + group.x;
   let across = (p.outWidth + RUN - 1u) / RUN;
   let runs = p.m / p.outWidth * across;
-  let run = vec2u(group.y * 16u + lane) + vec2u(0u, 8u);
-  let inside = min(run, vec2u(runs - 1u));
-  // The first pixels of the runs.
-  let m = inside / across * p.outWidth + inside % across * RUN;
-  let row = rowAt(image, m.x);
-  let row2 = rowAt(image, m.y);
-  var s0: array<Rows, 8>;
-  var s1: array<Rows, 8>;
-  var s2: array<Rows, 8>;
-  var s3: array<Rows, 8>;
-  var s4: array<Rows, 8>;
-  var s5: array<Rows, 8>;
+  let first = group.y * 8u * RUNS + lane;
+  // Of the lane's runs: the first pixel, and how many there are.
+  var m = array<u32, RUNS>();
+  var pixels = array<u32, RUNS>();
+  var rows = array<Row, RUNS>();
+  for (var v = 0u; v < RUNS; v++) {
+    let run = first + 8u * v;
+    let inside = min(run, runs - 1u);
+    let column = inside % across * RUN;
+    m[v] = inside / across * p.outWidth + column;
+    pixels[v] = select(0u, min(p.outWidth - column, RUN), run < runs);
+    rows[v] = rowAt(image, m[v]);
+  }
+  var s0: array<Rows, SPREAD>;
+  var s1: array<Rows, SPREAD>;
+  var s2: array<Rows, SPREAD>;
+  var s3: array<Rows, SPREAD>;
+  var s4: array<Rows, SPREAD>;
+  var s5: array<Rows, SPREAD>;
 
   let tap = p.kQuads * 32u;
   var w = group.x * TAPS * tap + lane;
   for (var ky = 0u; ky < 3u; ky++) {
-    let near = windowAt(row, ky);
-    let far = windowAt(row2, ky);
+    var windows = array<array<Source, 6>, RUNS>();
+    for (var v = 0u; v < RUNS; v++) { windows[v] = windowAt(rows[v], ky); }
     for (var c = 0u; c < p.kQuads; c++) {
-      let a = inputTransform(array(loadPair(near[0], far[0], c), loadPair(near[1], far[1], c),
-        loadPair(near[2], far[2], c), loadPair(near[3], far[3], c), loadPair(near[4], far[4], c),
-        loadPair(near[5], far[5], c)));
+      var a = array<Rows, 6>();
+      for (var v = 0u; v < RUNS; v++) {
+        let d = inputTransform(windows[v], c);
+        for (var k = 0u; k < 6u; k++) { a[k][v] = d[k]; }
+      }
       let b = weightTransform(load4_w(w), load4_w(w + tap), load4_w(w + 2u * tap));
       outer(&s0, a[0], b[0], 0u);
       outer(&s1, a[1], b[1], 0u);
@@ -92,22 +99,18 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   // As in broadcast32.wgsl: compiled once, from a copy.
   let sums = array(s0, s1, s2, s3, s4, s5);
   let quads = min(p.nQuads - panel * 8u, 8u);
-  for (var j = 0u; j < quads * 2u; j++) {
-    let i = j / 2u;
-    let v = j % 2u;
-    var s = array<vec4f, 6>();
-    for (var k = 0u; k < 6u; k++) {
-      s[k] = vec4f(sums[k][i][0][v], sums[k][i][1][v], sums[k][i][2][v], sums[k][i][3][v]);
-    }
-    var y = outputTransform(s);
+  for (var j = 0u; j < quads * RUNS; j++) {
+    let i = j / RUNS;
+    let v = j % RUNS;
+    var y = outputTransform(array(sums[0][i][v], sums[1][i][v], sums[2][i][v], sums[3][i][v], sums[4][i][v],
+      sums[5][i][v]));
     for (var half = 0u; half < blocks.y * 2u; half++) {
       let block = blocks.x + half / 2u;
       let h = half % 2u;
       let up = loraUp4(block, panel, h * 32u + i);
       for (var o = 0u; o < RUN; o++) { y[o] += up * loraT(block, min(m[v] + o, p.m - 1u), h); }
     }
-    let pixels = select(0u, min(p.outWidth - inside[v] % across * RUN, RUN), run[v] < runs);
-    for (var o = 0u; o < pixels; o++) {
+    for (var o = 0u; o < pixels[v]; o++) {
       var r = array<vec4f, PANELS>();
       r[0] = y[o];
       store(image, m[v] + o, panel * 8u + i, r);

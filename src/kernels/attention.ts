@@ -51,13 +51,13 @@ export interface AttentionArgs {
 const QUERIES: Readonly<Record<string, number>> = { broadcast: 32 };
 
 /**
- * Keys of a tile of the `broadcast` variant: as many as keep it within 40 quads; twice as many of halves, whose loads cost half,
- * unless heads are too wide. 0 where no tile of whole loads exists: widths whose quads are odd and many.
+ * Keys of a tile of the `broadcast` variant: as many as keep it within 40 quads; twice as many of halves, whose loads take half
+ * the code, where that is within 64. 0 where no tile of whole loads exists: widths whose quads are odd and many.
  */
 function tileKeys(headDim: number, storage: Storage): number {
   const quads = headDim / 4;
   const keys = [8, 4, 2, 1].find((count) => count * quads <= 40 && (count * quads) % 8 === 0) ?? 0;
-  return storage === 'f16' && quads <= 20 && keys < 8 ? 2 * keys : keys;
+  return storage === 'f16' && keys < 8 && 2 * keys * quads <= 64 ? 2 * keys : keys;
 }
 
 /** Keys of a tile for matrix units: as many as leave all that lies in workgroup memory within 16 KiB. */

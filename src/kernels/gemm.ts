@@ -62,7 +62,7 @@ export const gemm: Kernel = defineKernel({
     lora: { none: 'gemm/lora_none.wgsl', blocks: 'gemm/lora_blocks.wgsl' },
     w: W_FILES,
   },
-  constants: { ...EPILOGUE.constants, LANES: 32 },
+  constants: { ...EPILOGUE.constants, LANES: 32, RUNS: 1 },
   variants: {
     broadcast32: {
       files: [...EPILOGUE.files, 'gemm/rows32.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
@@ -90,13 +90,13 @@ interface Tile {
 }
 
 /**
- * What a workgroup computes: panels of out (or one panel and its gates), rows, of `winograd` runs of rows; and whether it can
- * do so for a part of K.
+ * What a workgroup computes: panels of out (or one panel and its gates), rows, of `winograd` as many times the runs of a lane; and
+ * whether it can do so for a part of K.
  */
 export const TILES: Readonly<Record<string, Tile>> = {
   broadcast32: { panels: 1, rows: 32, cutsK: false },
   broadcast8: { panels: 1, rows: 64, cutsK: false },
-  winograd: { panels: 1, rows: 16, cutsK: false },
+  winograd: { panels: 1, rows: 8, cutsK: false },
   tile: { panels: 2, rows: 64, cutsK: true },
   ...Object.fromEntries(MATRIX_VARIANTS.map((variant) => [variant, { panels: 2, rows: 64, cutsK: true }])),
 };
@@ -146,7 +146,8 @@ export interface GemmChoice extends Choice {
 }
 
 /** Sizes of a layer that its choice depends on. */
-export type GemmSizes = Pick<GemmArgs, 'images' | 'm' | 'n' | 'gated' | 'channels' | 'rows' | 'format'>;
+export type GemmSizes = Pick<GemmArgs, 'images' | 'm' | 'n' | 'gated' | 'channels' | 'rows' | 'format'> &
+  Partial<Pick<GemmArgs, 'x'>>;
 
 export interface GemmArgs extends EpilogueArgs {
   /** Input channels of one tap, a multiple of 8. */
@@ -185,6 +186,13 @@ export const panelsOf = ({ n, panels }: GemmArgs): number => panels ?? ceilDiv(n
 const runsOf = ({ m, rows }: GemmSizes): number =>
   rows.kind === 'conv3' && rows.stride === 1 ? (m / rows.outWidth) * ceilDiv(rows.outWidth, 4) : 0;
 
+/**
+ * Runs that a lane of `winograd` owns. Loads of f32 take twice the code of halves, and with those of two runs a turn of its loop
+ * does not fit the instruction cache of a core.
+ */
+const laneRunsOf = ({ format = 'f32', x }: GemmSizes): 1 | 2 =>
+  format === 'f32' || (x?.kind === 'virtual' && x.wide) ? 1 : 2;
+
 function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
   const { rows } = args;
   const conv = rows.kind === 'conv3' ? rows : undefined;
@@ -213,6 +221,7 @@ const shapeOf = (args: GemmSizes): Shape => ({
   images: args.images,
   rows: args.m,
   runs: runsOf(args),
+  laneRuns: laneRunsOf(args),
   depth: tapsOf(args.rows) * args.channels,
 });
 
@@ -240,13 +249,18 @@ export function gemmOf(args: GemmArgs, capabilities: Capabilities, lora?: LoraOp
   if (splits > 1 && !tile.cutsK) throw new Error(`${args.label}: ${variant} does not cut K`);
   const panels = panelsOf(args);
   const columns = columnsOf({ ...args, n: Math.min(panels * PANEL, args.n) });
-  const rows = variant === 'winograd' ? runsOf(args) : args.m;
+  const winograd = variant === 'winograd';
+  const rows = winograd ? runsOf(args) / laneRunsOf(args) : args.m;
   return {
     kernel: gemm,
     variant,
     decision,
     choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none', w: choiceOf(args.format) },
-    constants: { ...lanesOf(gemm.variants[variant], capabilities), ...epilogueConstants(args) },
+    constants: {
+      ...lanesOf(gemm.variants[variant], capabilities),
+      ...(winograd ? { RUNS: laneRunsOf(args) } : {}),
+      ...epilogueConstants(args),
+    },
     operands: {
       ...sources(args),
       ...epilogueOperands(args),

@@ -18,6 +18,8 @@ export interface Shape {
   readonly rows?: number;
   /** Runs of four output pixels that these rows are, 0 where they are no 3x3 convolution of stride 1. */
   readonly runs?: number;
+  /** Those that a lane of `winograd` owns. */
+  readonly laneRuns?: 1 | 2;
   readonly columns?: number;
   /** Terms of a sum: taps times channels. */
   readonly depth?: number;
@@ -50,20 +52,24 @@ const MATRIX_RULES: readonly Rule[] = MATRIX_VARIANTS.map((variant) => ({
   when: ({ software }) => !software,
 }));
 
+/** Rows that need less than a tile of 32. */
+const FEW_ROWS = 16;
+
 /** The first rule that holds, of a variant that the adapter runs, wins. */
 const RULES: Readonly<Record<string, readonly Rule[]>> = {
   gemm: [
     ...MATRIX_RULES,
-    // 1.4 to 1.6 times as fast as 32 rows at once where runs and tiles are full, so that a tile of 16 runs costs as much
-    // as 1.3 of 32 rows.
+    // A tile of 8 runs costs as much as 0.8 of one of 32 rows, one of 16 runs as much as 1.3.
     {
       variant: 'winograd',
       can: ({ runs = 0 }) => runs > 0,
-      when: (_, { rows = 0, runs = 0 }) => 1.3 * Math.ceil(runs / 16) < Math.ceil(rows / 32),
+      when: (_, { rows = 0, runs = 0, laneRuns = 1 }) =>
+        rows > FEW_ROWS &&
+        (laneRuns === 1 ? 0.8 : 1.3) * Math.ceil(runs / (8 * laneRuns)) < Math.ceil(rows / 32),
     },
     // Shuffles from a constant lane are free on a software driver, workgroup memory is not: 37 to 76 against 6 to 11
     // GFLOP/s. The tile of 32 rows is 1.65 times as fast as that of 8, on as many rows as it has.
-    { variant: 'broadcast8', when: (_, { rows = 0 }) => rows <= 16 },
+    { variant: 'broadcast8', when: (_, { rows = 0 }) => rows <= FEW_ROWS },
     { variant: 'broadcast32' },
     { variant: 'tile' },
   ],

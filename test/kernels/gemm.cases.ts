@@ -136,6 +136,7 @@ export function gemmArgs(
   shape: GemmShape,
   data: Pick<Data, 'images' | 'm'>,
   operands: Readonly<Record<string, Operand>>,
+  storage: Storage,
 ): GemmArgs {
   return {
     label: shape.name,
@@ -147,7 +148,7 @@ export function gemmArgs(
     x: operands.x!,
     out: operands.out!,
     w: operands.w!,
-    format: shape.blocks ? 'q8_0' : undefined,
+    format: shape.blocks ? 'q8_0' : storage,
     bias: operands.bias,
     add: operands.add,
     addPerImage: shape.add === 'image',
@@ -220,7 +221,7 @@ function build(shape: GemmShape, storage: Storage, variant?: string): Built {
     outputs,
     bytes: elements * (storage === 'f16' ? 2 : 4),
     dispatches: (operands, capabilities, variant) => {
-      const whole = gemmArgs(shape, data, operands);
+      const whole = gemmArgs(shape, data, operands, storage);
       const choice = { ...pickGemm(whole, capabilities), ...(variant ? { variant } : {}), splits };
       const args = { ...whole, choice, partials: operands.partials };
       if (lora) {

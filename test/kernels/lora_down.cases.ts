@@ -44,7 +44,7 @@ function build(shape: GemmShape, storage: Storage): Built {
     bytes: data.x.length * (storage === 'f16' ? 2 : 4),
     dispatches: (operands, capabilities, variant) => {
       // `w` and `out` are no operands of this kernel.
-      const args = gemmArgs(shape, { images, m }, { ...operands, w: operands.x!, out: operands.x! });
+      const args = gemmArgs(shape, { images, m }, { ...operands, w: operands.x!, out: operands.x! }, storage);
       const { pool, table, t } = operands;
       const where = { slot: 2, pool: pool!, table: table!, t: t! };
       const down = loraDownOf(args, capabilities, where, variant);
