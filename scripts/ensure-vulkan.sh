@@ -44,7 +44,7 @@ if new_enough "$candidate"; then
 else
   # The distribution's own is too old: take it from its backports suite, on the mirror apt already uses.
   . /etc/os-release
-  repo=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | awk -v r="$VERSION_CODENAME" '$2 == r {print $1; exit}')
+  repo=$(bash "$(dirname "$0")/apt-mirror.sh")
   [ -n "$repo" ] || fail "mesa-vulkan-drivers $candidate is too old (need $MIN_MESA) and apt has no mirror for $VERSION_CODENAME"
   printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s-backports main\n' "$repo" "$VERSION_CODENAME" |
     $SUDO tee /etc/apt/sources.list.d/unetd-backports.list >/dev/null

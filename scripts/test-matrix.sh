@@ -19,8 +19,7 @@ if [ ! -d "$root" ]; then
   . /etc/os-release
   [ "$ID" = debian ] || here "debootstrap's mirror is known on Debian only, this is $ID"
   bash scripts/ensure-program.sh debootstrap || here 'debootstrap cannot be installed'
-  mirror=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' |
-    awk -v r="$VERSION_CODENAME" '$2 == r {print $1; exit}')
+  mirror=$(bash scripts/apt-mirror.sh)
   [ -n "$mirror" ] || here "apt has no mirror for $VERSION_CODENAME"
   rm -rf "$root.part"
   mkdir -p "$root.part"

@@ -4,8 +4,8 @@
 //   A^T sum((G g) * (B^T d)), over the channels and the three rows of taps g, where d are the six pixels that g reaches:
 // 6 products instead of 12. B^T d and G g are made from what is loaded; weights stay as they are packed, and nothing more
 // is stored. W is packed [n / 32][tap][channel][32]. A subgroup is a workgroup and computes 8 * RUNS runs x 32 columns: lane l
-// owns the runs l, l + 8, ..., see spread.wgsl. Low-rank terms are added to the pixels: in the transformed sums they would take two
-// thirds more code.
+// owns the runs l, l + 8, ..., see spread.wgsl. Low-rank terms are sums of their own, of the pixels: in the transformed ones they would
+// take two thirds more code.
 // Preconditions: subgroups of 8 lanes; A is a_conv3.wgsl with stride 1; no gates.
 
 const OWNED = RUNS;
@@ -44,6 +44,13 @@ fn outputTransform(s: array<vec4f, 6>) -> array<vec4f, RUN> {
   let even2 = (s[3] + s[4]) / 24.0;
   let odd2 = (s[3] - s[4]) / 12.0;
   return array(s[0] / 4.0 + even + even2, odd + odd2, even + 4.0 * even2, odd + 4.0 * odd2 + s[5]);
+}
+
+// T of one pixel of each run.
+fn loadT(block: u32, m: array<u32, RUNS>, pixel: u32, half: u32) -> Rows {
+  var rows = Rows();
+  for (var v = 0u; v < RUNS; v++) { rows[v] = loraT(block, min(m[v] + pixel, p.m - 1u), half); }
+  return rows;
 }
 
 @compute @workgroup_size(8)
@@ -95,24 +102,33 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     w += 2u * tap;
   }
 
+  var t0 = array<Rows, SPREAD>();
+  var t1 = array<Rows, SPREAD>();
+  var t2 = array<Rows, SPREAD>();
+  var t3 = array<Rows, SPREAD>();
   let blocks = loraBlocks(image);
+  for (var half = 0u; half < blocks.y * 2u; half++) {
+    let i = blocks.x + half / 2u;
+    let h = half % 2u;
+    let up = loraUp4(i, panel, h * 32u + lane);
+    outer(&t0, loadT(i, m, 0u, h), up, 0u);
+    outer(&t1, loadT(i, m, 1u, h), up, 0u);
+    outer(&t2, loadT(i, m, 2u, h), up, 0u);
+    outer(&t3, loadT(i, m, 3u, h), up, 0u);
+  }
+
   // As in broadcast32.wgsl: compiled once, from a copy.
   let sums = array(s0, s1, s2, s3, s4, s5);
+  let terms = array(t0, t1, t2, t3);
   let quads = min(p.nQuads - panel * 8u, 8u);
   for (var j = 0u; j < quads * RUNS; j++) {
     let i = j / RUNS;
     let v = j % RUNS;
-    var y = outputTransform(array(sums[0][i][v], sums[1][i][v], sums[2][i][v], sums[3][i][v], sums[4][i][v],
+    let y = outputTransform(array(sums[0][i][v], sums[1][i][v], sums[2][i][v], sums[3][i][v], sums[4][i][v],
       sums[5][i][v]));
-    for (var half = 0u; half < blocks.y * 2u; half++) {
-      let block = blocks.x + half / 2u;
-      let h = half % 2u;
-      let up = loraUp4(block, panel, h * 32u + i);
-      for (var o = 0u; o < RUN; o++) { y[o] += up * loraT(block, min(m[v] + o, p.m - 1u), h); }
-    }
     for (var o = 0u; o < pixels[v]; o++) {
       var r = array<vec4f, PANELS>();
-      r[0] = y[o];
+      r[0] = y[o] + terms[o][i][v];
       store(image, m[v] + o, panel * 8u + i, r);
     }
   }

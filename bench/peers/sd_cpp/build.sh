@@ -24,9 +24,7 @@ include=/usr/include
 version() { awk '/#define VK_HEADER_VERSION / {print $3}' "$1/vulkan/vulkan_core.h" 2>/dev/null || echo 0; }
 if [ "$(version $include)" -lt $MIN_HEADERS ]; then
   # From a newer suite of the distribution, on the mirror apt already uses; unpacked here, not installed.
-  . /etc/os-release
-  repo=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' |
-    awk -v r="$VERSION_CODENAME" '$2 == r {print $1; exit}')
+  repo=$(bash "$here/../../../scripts/apt-mirror.sh")
   mkdir -p apt/lists/partial apt/archives/partial
   printf 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' "$repo" "$SUITE" >apt/sources.list
   apt=(apt-get -qq -o "Dir::Etc::SourceList=$PWD/apt/sources.list" -o Dir::Etc::SourceParts=-
