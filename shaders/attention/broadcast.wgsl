@@ -98,7 +98,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
       score(&s, &q, &tile, 5u);
       high = vec4f(LOWEST);
       for (var n = 0u; n < TILE_KEYS; n++) { high = max(high, select(vec4f(LOWEST), s[n], j + n < p.keys)); }
-      // Of the four first, as such a driver asks one lane after the other.
+      // A lane's four are joined before the vote, which such a driver takes lane by lane.
       let over = high - reference;
       if (subgroupAny(max(max(over.x, over.y), max(over.z, over.w)) > SLACK)) { break; }
       for (var n = 0u; n < TILE_KEYS; n++) {

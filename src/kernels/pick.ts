@@ -52,7 +52,7 @@ const MATRIX_RULES: readonly Rule[] = MATRIX_VARIANTS.map((variant) => ({
   when: ({ software }) => !software,
 }));
 
-/** Rows that need less than a tile of 32. */
+/** So many rows are cheaper in tiles of 8 than in one of 32. */
 const FEW_ROWS = 16;
 
 /** The first rule that holds, of a variant that the adapter runs, wins. */

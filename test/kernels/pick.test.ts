@@ -41,7 +41,7 @@ describe('pick', () => {
 
   test('convolutions with full runs and tiles go by Winograd where subgroups have 8 lanes', () => {
     const of = (laneRuns: 1 | 2, rows: number, runs: number, lanes = 8) =>
-      pick(gemm, adapter(lanes, lanes === 8, []), { rows, runs, laneRuns }).choice.variant;
+      pick(gemm, adapter(lanes, lanes === 8, []), { rows, runs, laneRuns, format: 'f16' }).choice.variant;
     expect([of(2, 256, 64), of(2, 64, 16), of(2, 120, 36)]).toEqual(['winograd', 'winograd', 'winograd']);
     expect([of(2, 32, 8), of(2, 16, 4), of(2, 1024, 1024)]).toEqual([
       'broadcast32',
