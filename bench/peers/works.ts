@@ -72,10 +72,11 @@ export function transpose(values: Float32Array, rows: number, columns: number): 
 const valuesOf = (one: Case, name: string): Float32Array =>
   one.build('f32').inputs[name]!.values as Float32Array;
 
-function gemmWork(m: number, k: number, n: number): Work {
+/** Repeated, it has as many columns as channels. */
+function gemmWork(m: number, k: number, n: number, repeats = 1): Work {
   const shape: GemmShape = { name: `gemm ${m}x${k}x${n}`, m, channels: k, n };
   return {
-    ...{ name: shape.name, op: 'gemm', repeats: 1, heads: 0, flops: 2 * m * k * n, case: gemmCase(shape) },
+    ...{ name: shape.name, op: 'gemm', repeats, heads: 0, flops: 2 * m * k * n, case: gemmCase(shape) },
     tensors: () => {
       const { x, w } = gemmData(shape, 'f32');
       return { x: { shape: [m, k], values: x }, w: { shape: [k, n], values: transpose(w, n, k) } };
@@ -156,7 +157,7 @@ function unetWork(model: FullModel, size: number, images = 1): Work {
 
 export const WORKS: readonly Work[] = [
   gemmWork(1024, 1280, 1280),
-  gemmWork(4096, 320, 320),
+  gemmWork(4096, 320, 320, 10),
   convWork(320, 64),
   convWork(640, 32),
   convWork(1280, 16),
@@ -189,10 +190,11 @@ export function jobOf({ name, op, repeats, heads, full, tensors }: Work, contend
   const data = `${base}.safetensors`;
   if (!existsSync(data)) writeTensors(data, tensors());
   // onnxruntime reads weights from the folder of the graph and nowhere else.
-  const onnx = full ? `${FOLDER}${slug(name)}.onnx` : `${base}.onnx`;
+  const onnx = (times: number): string => (full ? `${FOLDER}${slug(name)}.onnx` : `${base}-${times}.onnx`);
   return {
-    ...{ name, op, repeats, heads, data, onnx, ...(full ? { full } : {}) },
-    onnxOnce: repeats > 1 ? `${base}.once.onnx` : onnx,
+    ...{ name, op, repeats, heads, data, ...(full ? { full } : {}) },
+    onnx: onnx(repeats),
+    onnxOnce: onnx(1),
     checkpoint: full ? `${FOLDER}${full.model}.safetensors` : '',
     out: `${base}.${slug(contender)}.f32`,
   };

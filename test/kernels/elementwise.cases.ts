@@ -1,5 +1,6 @@
 /** Cases of `geglu`, `from_nchw` and `to_nchw`: odd token counts, padded channels, a residual, large gates. */
 import type { Storage } from '../../src/gpu/kernel.ts';
+import { f16ToF32 } from '../../src/half.ts';
 import {
   copy,
   copyOf,
@@ -150,42 +151,40 @@ const COPIES: readonly CopyShape[] = [
   { name: 'stored to wide', count: 260, wide: ['out'] },
 ];
 
-/** What rounding to halves must get right: ties either way, subnormals, the least and largest half, and past both. */
-const EDGES = Float32Array.from(
-  [
-    [0, 2 ** -24, 2 ** -25, 1.001 * 2 ** -25, 3 * 2 ** -25, 2 ** -26, 1e-40],
-    [2 ** -14, 2 ** -14 - 2 ** -25, 2 ** -14 - 2 ** -26, 1023.5 * 2 ** -24, 2 ** -15 + 2 ** -24],
-    [1, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 1 + 2 ** -11 + 2 ** -20, 2 - 2 ** -12, 2 - 2 ** -11],
-    [65504, 65519, 65520, 1e6, 3e38, Number.POSITIVE_INFINITY],
-  ]
-    .flat()
-    .flatMap((v) => [v, -v]),
-);
+/** Every half, what lies between it and the next one, in the middle and right beside it, and past the largest; either sign. */
+function aroundHalves(): Float32Array {
+  const halves = f16ToF32(Uint16Array.from({ length: 0x7c00 }, (_, half) => half));
+  const values = [1e-40, 1e6, 3e38, Number.POSITIVE_INFINITY];
+  for (const [at, half] of halves.entries()) {
+    const middle = (half + (halves[at + 1] ?? 65536)) / 2;
+    values.push(half, middle * (1 - 2 ** -23), middle, middle * (1 + 2 ** -23));
+  }
+  return Float32Array.from(values.flatMap((value) => [value, -value]));
+}
 
 /** `copy` from f32 into storage: exactly what the CPU rounds to. */
 const roundingCase: Case = {
   name: 'every kind of half',
   kernel: copy,
   storages: ['f16'],
-  build: () => ({
-    inputs: { x: { as: 'wide', values: EDGES } },
-    outputs: {
-      out: {
-        as: 'quad',
-        count: EDGES.length,
-        expected: () =>
-          Float64Array.from(
-            stored(
-              EDGES.map((v) => Math.max(-65504, Math.min(65504, v))),
-              'f16',
-            ),
-          ),
-        tolerance: { norm: 0, max: 0 },
+  build: () => {
+    const values = aroundHalves();
+    const count = values.length;
+    const clamped = (): Float32Array => values.map((value) => Math.max(-65504, Math.min(65504, value)));
+    return {
+      inputs: { x: { as: 'wide', values } },
+      outputs: {
+        out: {
+          as: 'quad',
+          count,
+          expected: () => Float64Array.from(stored(clamped(), 'f16')),
+          tolerance: { norm: 0, max: 0 },
+        },
       },
-    },
-    bytes: EDGES.length * 6,
-    dispatches: (o) => [copyOf({ label: 'rounding', count: EDGES.length, x: o.x!, out: o.out! })],
-  }),
+      bytes: count * 6,
+      dispatches: (o) => [copyOf({ label: 'rounding', count, x: o.x!, out: o.out! })],
+    };
+  },
 };
 
 const LAYOUTS: readonly LayoutShape[] = [
