@@ -136,5 +136,6 @@ export const CASES: readonly Case[] = [
     keys: 65,
     logits: 60,
   },
+  { name: 'pairs of groups of queries', images: 2, heads: 2, headDim: 64, queries: 127, keys: 77 },
   { name: 'eight heads 3 wide', heads: 8, headDim: 3, queries: 5, keys: 6 },
 ].map(attentionCase);
