@@ -25,8 +25,6 @@ export interface Shape {
   readonly depth?: number;
   readonly headDim?: number;
   readonly keys?: number;
-  /** Keys of a tile of the attention for 8 lanes, 0 where the head width allows none. */
-  readonly tileKeys?: number;
 }
 
 /** What is chosen, and from what. */
@@ -44,10 +42,12 @@ interface Rule {
   readonly when?: (capabilities: Capabilities, shape: Shape) => boolean;
 }
 
+/** Wider heads fill more registers with their sums than a GPU has, and more code than a core keeps at hand. */
+const wholeQuads = ({ headDim = 0 }: Shape): boolean => headDim % 4 === 0 && headDim <= 160;
+
 const MATRIX_RULES: readonly Rule[] = MATRIX_VARIANTS.map((variant) => ({
   variant,
-  // Wider heads fill more registers with their sums than a GPU has.
-  can: ({ headDim = 0 }) => headDim % 4 === 0 && headDim <= 160,
+  can: wholeQuads,
   // Software drivers only imitate such units.
   when: ({ software }) => !software,
 }));
@@ -82,7 +82,7 @@ const RULES: Readonly<Record<string, readonly Rule[]>> = {
   attention: [
     { variant: 'scalar', can: ({ headDim = 0 }) => headDim % 4 !== 0 },
     ...MATRIX_RULES,
-    { variant: 'broadcast', can: ({ tileKeys = 0 }) => tileKeys > 0 },
+    { variant: 'broadcast', can: wholeQuads },
     { variant: 'direct', can: ({ headDim = 0 }) => headDim % 4 === 0 },
   ],
   group_norm_moments: [{ variant: 'lanes' }, { variant: 'shared' }],
