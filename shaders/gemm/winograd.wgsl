@@ -3,11 +3,12 @@
 // pixels of out, a run, are
 //   A^T sum((G g) * (B^T d)), over the channels and the three rows of taps g, where d are the six pixels that g reaches:
 // 6 products instead of 12. B^T d and G g are made from what is loaded; weights stay as they are packed, and nothing more
-// is stored. W is packed [n / 32][tap][channel][32]. A subgroup is a workgroup and computes 8 * RUNS runs x 32 columns: lane l
-// owns the runs l, l + 8, ..., see spread.wgsl. Low-rank terms are sums of their own, of the pixels: as transformed sums they
-// would take half as much code again.
+// is stored. W is packed [n / 32][tap][channel][32]. A subgroup is a workgroup and computes 16 runs x 32 columns: lane l owns
+// the runs l and l + 8, see spread.wgsl. Low-rank terms are sums of their own, of the pixels: as transformed sums they would
+// take half as much code again.
 // Preconditions: subgroups of 8 lanes; A is a_conv3.wgsl with stride 1; no gates.
 
+const RUNS = 2u;
 const OWNED = RUNS;
 const SPREAD = 8u;
 const RUN = 4u;

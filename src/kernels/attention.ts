@@ -50,9 +50,9 @@ export interface AttentionArgs {
 /** Queries of a workgroup, by variant, where they are not 64. */
 const QUERIES: Readonly<Record<string, number>> = { broadcast: 32 };
 
-/** Quads of a tile of the `broadcast` variant at most: what a turn of its loop loads leaves its code in 32 KB of instruction cache. */
+/** Quads of a tile of the `broadcast` variant at most, so that the code of a turn fits an instruction cache of 32 KB. */
 const TILE_QUADS = 24;
-/** Keys of such a tile: a whole key at least. */
+/** Keys of such a tile; one at least, however wide. */
 const tileKeys = (headQuads: number): number =>
   [8, 4, 2].find((count) => count * headQuads <= TILE_QUADS) ?? 1;
 

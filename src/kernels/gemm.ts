@@ -20,7 +20,7 @@ import {
   epilogueParams,
 } from './epilogue.ts';
 import { lanesOf, MATRIX_VARIANTS, matrixVariants } from './matrix.ts';
-import { choiceOf, PANEL, W_FILES, type WeightFormat } from './panel.ts';
+import { choiceOf, PANEL, storageOf, W_FILES, type WeightFormat } from './panel.ts';
 import { pick, type Shape, type Ways } from './pick.ts';
 
 /** Ranks of one low-rank block. */
@@ -62,7 +62,7 @@ export const gemm: Kernel = defineKernel({
     lora: { none: 'gemm/lora_none.wgsl', blocks: 'gemm/lora_blocks.wgsl' },
     w: W_FILES,
   },
-  constants: { ...EPILOGUE.constants, LANES: 32, RUNS: 1 },
+  constants: { ...EPILOGUE.constants, LANES: 32 },
   variants: {
     broadcast32: {
       files: [...EPILOGUE.files, 'gemm/rows32.wgsl', 'gemm/spread.wgsl', 'gemm/broadcast32.wgsl'],
@@ -90,13 +90,13 @@ interface Tile {
 }
 
 /**
- * What a workgroup computes: panels of out (or one panel and its gates), rows, of `winograd` as many times the runs of a lane; and
- * whether it can do so for a part of K.
+ * What a workgroup computes: panels of out (or one panel and its gates), and rows, or runs of pixels; and whether it can do so for a
+ * part of K.
  */
 export const TILES: Readonly<Record<string, Tile>> = {
   broadcast32: { panels: 1, rows: 32, cutsK: false },
   broadcast8: { panels: 1, rows: 64, cutsK: false },
-  winograd: { panels: 1, rows: 8, cutsK: false },
+  winograd: { panels: 1, rows: 16, cutsK: false },
   tile: { panels: 2, rows: 64, cutsK: true },
   ...Object.fromEntries(MATRIX_VARIANTS.map((variant) => [variant, { panels: 2, rows: 64, cutsK: true }])),
 };
@@ -186,13 +186,6 @@ export const panelsOf = ({ n, panels }: GemmArgs): number => panels ?? ceilDiv(n
 const runsOf = ({ m, rows }: GemmSizes): number =>
   rows.kind === 'conv3' && rows.stride === 1 ? (m / rows.outWidth) * ceilDiv(rows.outWidth, 4) : 0;
 
-/**
- * Runs that a lane of `winograd` owns. Loads of f32 take twice the code of halves, and with those of two runs a turn of its loop
- * does not fit the instruction cache of a core.
- */
-const laneRunsOf = ({ format = 'f32', x }: GemmSizes): 1 | 2 =>
-  format === 'f32' || (x?.kind === 'virtual' && x.wide) ? 1 : 2;
-
 function paramsOf(args: GemmArgs, slot: number): Record<string, number> {
   const { rows } = args;
   const conv = rows.kind === 'conv3' ? rows : undefined;
@@ -221,7 +214,7 @@ const shapeOf = (args: GemmSizes): Shape => ({
   images: args.images,
   rows: args.m,
   runs: runsOf(args),
-  laneRuns: laneRunsOf(args),
+  halves: storageOf(args.format ?? 'f32') === 'f16' && !(args.x?.kind === 'virtual' && args.x.wide),
   depth: tapsOf(args.rows) * args.channels,
 });
 
@@ -249,8 +242,7 @@ export function gemmOf(args: GemmArgs, capabilities: Capabilities, lora?: LoraOp
   if (splits > 1 && !tile.cutsK) throw new Error(`${args.label}: ${variant} does not cut K`);
   const panels = panelsOf(args);
   const columns = columnsOf({ ...args, n: Math.min(panels * PANEL, args.n) });
-  const winograd = variant === 'winograd';
-  const rows = winograd ? runsOf(args) / laneRunsOf(args) : args.m;
+  const rows = variant === 'winograd' ? runsOf(args) : args.m;
   return {
     kernel: gemm,
     variant,
@@ -258,7 +250,6 @@ export function gemmOf(args: GemmArgs, capabilities: Capabilities, lora?: LoraOp
     choices: { a: args.rows.kind, lora: lora ? 'blocks' : 'none', w: choiceOf(args.format) },
     constants: {
       ...lanesOf(gemm.variants[variant], capabilities),
-      ...(winograd ? { RUNS: laneRunsOf(args) } : {}),
       ...epilogueConstants(args),
     },
     operands: {
