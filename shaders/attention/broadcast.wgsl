@@ -66,7 +66,8 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   let head = group.y * HEAD_QUADS;
   let query = vec4u(group.x * 32u + lane) + vec4u(0u, 8u, 16u, 24u);
   let row = (group.z * p.queries + min(query, vec4u(p.queries - 1u))) * p.rowQuads + head;
-  // Always HEAD_QUADS; a bound the compiler cannot see keeps these loops from being unrolled, and compiled for long.
+  // Always HEAD_QUADS; a bound the compiler cannot see (through `min` it does) keeps these loops from being unrolled, and compiled
+  // for long.
   let quads = select(0u, HEAD_QUADS, p.queries > 0u);
   var q: Rows;
   for (var d = 0u; d < quads; d++) {
