@@ -9,7 +9,7 @@
 // Preconditions: subgroups of 8 lanes; TILE_KEYS a power of two up to 8; TILE_KEYS * HEAD_QUADS at most 40.
 
 const TILE_QUADS = TILE_KEYS * HEAD_QUADS;
-// Loads a lane of a tile; of the last, some lanes' may be of quads behind it, which nobody reads.
+// Loads a lane of a tile; in the last, some lanes may have none.
 const LOADS = (TILE_QUADS + 7u) / 8u;
 const LOWEST = -3.0e38;
 // Weights are relative to a reference that the largest score so far exceeds by at most this: they stay below e^8, and the
@@ -61,6 +61,9 @@ fn weigh(sum: ptr<function, Rows>, weight: ptr<function, Scores>, v: ptr<functio
   weighPart(sum, weight, v, 4u);
 }
 
+// Whether the lane takes part in the load c; all do, without a condition, in whole ones.
+fn loads(c: u32, lane: u32) -> bool { return (c + 1u) * 8u <= TILE_QUADS || c * 8u + lane < TILE_QUADS; }
+
 @compute @workgroup_size(8)
 fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {
   let head = group.y * HEAD_QUADS;
@@ -93,7 +96,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
       // Spelled out: Dawn 0.6.2 zeroes a `var` without initializer once per function, not once per iteration.
       var tile = Tile();
       var s = Scores();
-      for (var c = 0u; c < LOADS; c++) { tile[c] = load_k(kBase + min(start + place[c], last)); }
+      for (var c = 0u; c < LOADS; c++) {
+        if (loads(c, lane)) { tile[c] = load_k(kBase + min(start + place[c], last)); }
+      }
       score(&s, &q, &tile);
       high = vec4f(LOWEST);
       for (var n = 0u; n < TILE_KEYS; n++) { high = max(high, select(vec4f(LOWEST), s[n], j + n < p.keys)); }
@@ -104,7 +109,9 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
         s[n] = select(vec4f(0.0), exp(s[n] - reference), j + n < p.keys);
         total += s[n];
       }
-      for (var c = 0u; c < LOADS; c++) { tile[c] = load_v(kBase + min(start + place[c], last)); }
+      for (var c = 0u; c < LOADS; c++) {
+        if (loads(c, lane)) { tile[c] = load_v(kBase + min(start + place[c], last)); }
+      }
       weigh(&sum, &s, &tile);
     }
     if (j >= p.keys) { break; }
