@@ -4,7 +4,14 @@
  */
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import type { BindingSpec, Dispatch, Kernel, MatrixShape, Storage } from './kernel.ts';
+import {
+  type BindingSpec,
+  type Dispatch,
+  isWide,
+  type Kernel,
+  type MatrixShape,
+  type Storage,
+} from './kernel.ts';
 
 export const SHADERS: string = fileURLToPath(new URL('../../shaders/', import.meta.url));
 
@@ -26,10 +33,7 @@ export type Recipe = Pick<Dispatch, 'kernel' | 'variant' | 'choices' | 'constant
 export function recipeOf(dispatch: Dispatch): Recipe {
   const { kernel, variant, choices, constants } = dispatch;
   const operandNames = Object.keys(dispatch.operands);
-  const wide = operandNames.filter((name) => {
-    const operand = dispatch.operands[name];
-    return operand?.kind === 'virtual' && operand.wide === true;
-  });
+  const wide = operandNames.filter((name) => isWide(dispatch.operands[name]));
   return { kernel, variant, choices, constants, operandNames, wide };
 }
 

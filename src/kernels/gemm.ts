@@ -9,6 +9,7 @@ import {
   type Decision,
   type Dispatch,
   defineKernel,
+  isWide,
   type Kernel,
   type Operand,
 } from '../gpu/kernel.ts';
@@ -214,7 +215,7 @@ const shapeOf = (args: GemmSizes): Shape => ({
   images: args.images,
   rows: args.m,
   runs: runsOf(args),
-  halves: storageOf(args.format ?? 'f32') === 'f16' && !(args.x?.kind === 'virtual' && args.x.wide),
+  halves: storageOf(args.format ?? 'f32') === 'f16' && !isWide(args.x),
   depth: tapsOf(args.rows) * args.channels,
 });
 

@@ -43,11 +43,11 @@ interface Rule {
 }
 
 /** Wider heads fill more registers with their sums than a GPU has, and more code than a core keeps at hand. */
-const wholeQuads = ({ headDim = 0 }: Shape): boolean => headDim % 4 === 0 && headDim <= 160;
+const headFits = ({ headDim = 0 }: Shape): boolean => headDim % 4 === 0 && headDim <= 160;
 
 const MATRIX_RULES: readonly Rule[] = MATRIX_VARIANTS.map((variant) => ({
   variant,
-  can: wholeQuads,
+  can: headFits,
   // Software drivers only imitate such units.
   when: ({ software }) => !software,
 }));
@@ -64,7 +64,7 @@ const RULES: Readonly<Record<string, readonly Rule[]>> = {
       variant: 'winograd',
       can: ({ runs = 0 }) => runs > 0,
       when: (_, { rows = 0, runs = 0, halves = false }) =>
-        halves && rows > FEW_ROWS && 1.6 * Math.ceil(runs / 16) < Math.ceil(rows / 32),
+        halves && 1.6 * Math.ceil(runs / 16) < Math.ceil(rows / 32),
     },
     // Shuffles from a constant lane are free on a software driver, workgroup memory is not: 37 to 76 against 6 to 11
     // GFLOP/s. The tile of 32 rows is 1.65 times as fast as that of 8, on as many rows as it has.
@@ -81,7 +81,7 @@ const RULES: Readonly<Record<string, readonly Rule[]>> = {
   attention: [
     { variant: 'scalar', can: ({ headDim = 0 }) => headDim % 4 !== 0 },
     ...MATRIX_RULES,
-    { variant: 'broadcast', can: wholeQuads },
+    { variant: 'broadcast', can: headFits },
     { variant: 'direct', can: ({ headDim = 0 }) => headDim % 4 === 0 },
   ],
   group_norm_moments: [{ variant: 'lanes' }, { variant: 'shared' }],

@@ -102,23 +102,18 @@ export const attentionCase = (shape: AttentionShape): Case => ({
 /** Fewest heads whose rows fill whole quads, so that no width is left out; two more than that where one would do. */
 const headsOf = (headDim: number): number => (headDim % 2 ? 4 : headDim % 4 ? 2 : 3);
 
-const WIDTHS = [40, 160, 4, 8, 28, 5, 6, 3];
-/** Between those: without `direct`, which software drivers compile for up to half a minute there in f32. */
-const MORE_WIDTHS = [48, 64, 80];
-const BUT_DIRECT = Object.keys(attention.variants).filter((variant) => variant !== 'direct');
+const WIDTHS = [40, 64, 80, 160, 4, 8, 28, 48, 5, 6, 3];
 const KEYS = [1, 31, 32, 33, 77];
 
-const ofWidth = (headDim: number): AttentionShape => ({
-  name: `heads ${headDim} wide`,
-  images: 2,
-  heads: headsOf(headDim),
-  headDim,
-  queries: 19,
-  keys: 45,
-});
-
-const SHAPES: readonly AttentionShape[] = [
-  ...WIDTHS.map(ofWidth),
+export const CASES: readonly Case[] = [
+  ...WIDTHS.map((headDim) => ({
+    name: `heads ${headDim} wide`,
+    images: 2,
+    heads: headsOf(headDim),
+    headDim,
+    queries: 19,
+    keys: 45,
+  })),
   ...KEYS.map((keys) => ({ name: `${keys} keys`, images: 2, heads: 2, headDim: 8, queries: 33, keys })),
   ...[1, 7, 8, 31, 32, 63, 64, 65].map((queries) => ({
     name: `${queries} ${queries === 1 ? 'query' : 'queries'}`,
@@ -139,9 +134,4 @@ const SHAPES: readonly AttentionShape[] = [
     logits: 60,
   },
   { name: 'eight heads 3 wide', heads: 8, headDim: 3, queries: 5, keys: 6 },
-];
-
-export const CASES: readonly Case[] = [
-  ...SHAPES.map(attentionCase),
-  ...MORE_WIDTHS.map((headDim) => ({ ...attentionCase(ofWidth(headDim)), variants: BUT_DIRECT })),
-];
+].map(attentionCase);

@@ -151,13 +151,21 @@ const COPIES: readonly CopyShape[] = [
   { name: 'stored to wide', count: 260, wide: ['out'] },
 ];
 
-/** Every half, what lies between it and the next one, in the middle and right beside it, and past the largest; either sign. */
+/** Every half, what lies between it and the next one (quarters, the middle, and right beside it), and past the largest; either sign. */
 function aroundHalves(): Float32Array {
   const halves = f16ToF32(Uint16Array.from({ length: 0x7c00 }, (_, half) => half));
   const values = [1e-40, 1e6, 3e38, Number.POSITIVE_INFINITY];
   for (const [at, half] of halves.entries()) {
-    const middle = (half + (halves[at + 1] ?? 65536)) / 2;
-    values.push(half, middle * (1 - 2 ** -23), middle, middle * (1 + 2 ** -23));
+    const step = (halves[at + 1] ?? 65536) - half;
+    const middle = half + step / 2;
+    values.push(
+      half,
+      half + step / 4,
+      middle * (1 - 2 ** -23),
+      middle,
+      middle * (1 + 2 ** -23),
+      half + (3 * step) / 4,
+    );
   }
   return Float32Array.from(values.flatMap((value) => [value, -value]));
 }
