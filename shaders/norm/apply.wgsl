@@ -1,8 +1,15 @@
 // Second step of a group norm: out[image, t, c] = act((x[image, t, c] - mean) / sqrt(var + eps) * gamma[c] + beta[c]) with mean
 // and variance of c's group in the image, act = SiLU or none.
-// x and who owns what of it as in source.wgsl; out is one tensor, so what follows sees the concatenation. A workgroup folds the
-// moments of the groups that its channels lie in; its invocations keep scale and shift of their quads.
-// Precondition: channels = groups * groupChannels.
+// x as in source.wgsl; out is one tensor, so what follows sees the concatenation. A workgroup owns LANES * COLUMNS octets of
+// channels and a chunk of tokens: lane l the octets l, l + LANES, ... of each ROWS-th token. It folds the moments of the groups
+// that its channels lie in; its invocations keep scale and shift of their octets.
+// Precondition: channels = groups * groupChannels, a multiple of 8.
+
+fn normed(x: vec4f, affine: Affine) -> vec4f {
+  let v = x * affine.scale + affine.shift;
+  if (SILU) { return v / (1.0 + exp(-v)); }
+  return v;
+}
 
 @compute @workgroup_size(LANES, ROWS)
 fn main(
@@ -12,14 +19,16 @@ fn main(
 ) {
   let image = p.image0 + group.z;
   let rows = rowsOf(image, group.y);
-  let firstQuad = group.x * LANES * COLUMNS;
-  let affines = affinesOf(image, firstQuad, index);
+  let firstOctet = group.x * LANES * COLUMNS;
+  let octets = p.quads / 2u;
+  let affines = affinesOf(image, firstOctet, index);
   for (var row = rows[0] + id.y; row < rows[1]; row += ROWS) {
     for (var c = 0u; c < COLUMNS; c++) {
-      let quad = firstQuad + id.x + c * LANES;
-      var v = at(row, min(quad, p.quads - 1u)) * affines[c].scale + affines[c].shift;
-      if (SILU) { v = v / (1.0 + exp(-v)); }
-      if (quad < p.quads) { save_out(row * p.quads + quad, v); }
+      let octet = firstOctet + id.x + c * LANES;
+      let quad = 2u * min(octet, octets - 1u);
+      let first = normed(at(row, quad), affines[c][0]);
+      let second = normed(at(row, quad + 1u), affines[c][1]);
+      if (octet < octets) { save_out(row * octets + octet, array(first, second)); }
     }
   }
 }

@@ -9,17 +9,17 @@ struct Affine { scale: vec4f, shift: vec4f }
 
 fn channelsOf(quad: u32) -> vec4u { return vec4u(quad * 4u) + vec4u(0u, 1u, 2u, 3u); }
 
+// Of the two quads of an octet of channels.
+alias Affines = array<Affine, 2>;
+
 fn affineOf(quad: u32, mean: vec4f, rstd: vec4f) -> Affine {
   let q = min(quad, p.quads - 1u);
   let scale = rstd * gamma[q];
   return Affine(scale, beta[q] - mean * scale);
 }
 
-// The groups that the channels of a workgroup lie in, from its first quad on.
-fn firstGroup(firstQuad: u32) -> u32 { return firstQuad * 4u / p.groupChannels; }
-fn lastGroup(firstQuad: u32) -> u32 {
-  return (min(firstQuad + LANES * COLUMNS, p.quads) * 4u - 1u) / p.groupChannels;
-}
+// The group of a channel; past the last, the last one's.
+fn groupOf(channel: u32) -> u32 { return min(channel, p.quads * 4u - 1u) / p.groupChannels; }
 
 fn moment(image: u32, chunk: u32, which: u32, channel: u32) -> f32 {
   return moments[((image * p.chunks + chunk) * 2u + which) * p.quads * 4u + channel];

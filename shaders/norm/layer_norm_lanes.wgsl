@@ -28,10 +28,10 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
   var rstd: array<f32, ROWS>;
   for (var r = 0u; r < ROWS; r++) {
     let shift = sum[r] / max(n, 1.0);
-    mean[r] = subgroupAdd(n * dot(origin[r] + shift, vec4f(1.0))) / width;
+    mean[r] = laneSum(n * dot(origin[r] + shift, vec4f(1.0))) / width;
     let d = origin[r] + shift - mean[r];
     let m2 = max(squares[r] - sum[r] * shift, vec4f(0.0)) + n * d * d;
-    rstd[r] = inverseSqrt(subgroupAdd(dot(m2, vec4f(1.0))) / width + p.eps);
+    rstd[r] = inverseSqrt(laneSum(dot(m2, vec4f(1.0))) / width + p.eps);
   }
 
   for (var q = lane; q < p.quads; q += 8u) {

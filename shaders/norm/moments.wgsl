@@ -1,7 +1,8 @@
 // Per-channel mean and sum of squared deviations over a chunk of tokens, the first step of a group norm:
 //   mean[image, chunk, c] = sum_t x[image, t, c] / tokens of the chunk
 //   m2[image, chunk, c]   = sum_t (x[image, t, c] - mean)^2
-// x and who owns what of it as in source.wgsl; all is read once. moments [image][chunk][2][quads] in f32.
+// x as in source.wgsl, all of it read once; moments [image][chunk][2][quads] in f32. A workgroup owns LANES * COLUMNS quads of
+// channels and a chunk of tokens: lane l the quads l, l + LANES, ... of each ROWS-th token.
 
 var<workgroup> sums: array<vec4f, LANES * ROWS>;
 var<workgroup> squared: array<vec4f, LANES * ROWS>;

@@ -1,6 +1,5 @@
 // Where the two steps of a group norm read x: two tensors side by side, 4*split channels of x, the rest of x2 (absent: split =
-// quads). A workgroup owns LANES * COLUMNS quads of channels and a chunk of tokens: lane l the quads l, l + LANES, ... of each
-// ROWS-th token.
+// quads).
 
 fn at(row: u32, quad: u32) -> vec4f {
   if (HAS_x2 && quad >= p.split) { return load_x2(row * (p.quads - p.split) + quad - p.split); }

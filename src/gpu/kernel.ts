@@ -36,6 +36,8 @@ export interface VariantSpec {
   readonly constants?: Readonly<Record<string, number | boolean>>;
   /** Choices that the variant is written for, of options that it does not take all of. */
   readonly choices?: Readonly<Record<string, readonly string[]>>;
+  /** Bindings of Quads that it reads and writes two at a time: `load_NAME(i)` and `save_NAME(i, v)` take an `array<vec4f, 2>`. */
+  readonly octets?: readonly string[];
   /** The variant relies on subgroups of exactly this many lanes. */
   readonly subgroupSize?: number;
   /** The variant multiplies with matrix units of this shape: constants MATRIX_M, MATRIX_N and MATRIX_K of its module. */

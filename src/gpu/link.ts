@@ -111,8 +111,9 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
   for (const [name, spec] of Object.entries(kernel.bindings)) {
     const index = bound.indexOf(name);
     const wide = recipe.wide.includes(name);
+    const unit = unitOf(wide, variant?.octets?.includes(name) ?? false);
     if (index >= 0) {
-      const type = wide ? spec.type.replace('Quad', 'vec4f') : spec.type;
+      const type = spec.type.replace('Quad', unit.stored);
       lines.push(`@group(0) @binding(${index + 1}) var<storage, ${spec.access}> ${name}: ${type};`);
     } else if (spec.optional) {
       // Stands in for the absent operand so that code behind `if (HAS_name)` compiles and is dropped.
@@ -120,7 +121,7 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
     } else throw new Error(`kernel ${kernel.name} needs the operand ${name}`);
     if (spec.optional) lines.push(`const HAS_${name} = ${index >= 0};`);
     if (spec.type === 'array<Quad>')
-      lines.push(`const WIDE_${name} = ${wide};`, ...accessors(name, spec, wide));
+      lines.push(`const WIDE_${name} = ${wide};`, ...accessors(name, spec, unit));
   }
   return lines;
 }
@@ -134,11 +135,27 @@ function matrixDirectives({ input }: MatrixShape): string[] {
   ];
 }
 
-/** How a binding of Quads is read and written: packed as the storage says, or f32 as it is. */
-function accessors(name: string, { access }: BindingSpec, wide: boolean): string[] {
+/** What a binding of Quads is read and written by: one Quad or two, packed as the storage says, or f32 as it is. */
+interface Unit {
+  readonly stored: string;
+  readonly value: string;
+  /** Functions of `lib/`, or nothing. */
+  readonly decode: string;
+  readonly encode: string;
+}
+
+function unitOf(wide: boolean, octets: boolean): Unit {
+  const value = octets ? 'array<vec4f, 2>' : 'vec4f';
+  if (wide) return { stored: value, value, decode: '', encode: '' };
+  return octets
+    ? { stored: 'Octet', value, decode: 'dec_octet', encode: 'enc_octet' }
+    : { stored: 'Quad', value, decode: 'dec', encode: 'enc' };
+}
+
+function accessors(name: string, { access }: BindingSpec, { value, decode, encode }: Unit): string[] {
   // The parameters must not hide a binding of the same name.
   const at = `${name}[index_]`;
-  const load = `fn load_${name}(index_: u32) -> vec4f { return ${wide ? at : `dec(${at})`}; }`;
-  const save = `fn save_${name}(index_: u32, value_: vec4f) { ${at} = ${wide ? 'value_' : 'enc(value_)'}; }`;
+  const load = `fn load_${name}(index_: u32) -> ${value} { return ${decode}(${at}); }`;
+  const save = `fn save_${name}(index_: u32, value_: ${value}) { ${at} = ${encode}(value_); }`;
   return access === 'read' ? [load] : [load, save];
 }

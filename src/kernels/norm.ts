@@ -17,8 +17,8 @@ const source = {
 } as const;
 
 /**
- * Workgroups of both steps of a group norm, by variant: lanes by rows of invocations, and quads of channels of each. They own 160
- * and 64 channels, which divide those of every level and concatenation of SD 1.5 and SDXL.
+ * Workgroups of the two steps of a group norm, by variant: lanes by rows of invocations, and quads (`apply`: octets) of channels of
+ * each. They own 160 and 320, or 64 and 64 channels, which divide those of every level and concatenation of SD 1.5 and SDXL.
  */
 const LANES = { LANES: 8, ROWS: 1, COLUMNS: 5 };
 const SHARED = { LANES: 8, ROWS: 32, COLUMNS: 2 };
@@ -59,13 +59,21 @@ export const groupApply: Kernel = defineKernel({
   constants: { SILU: false },
   variants: {
     lanes: {
-      files: ['norm/source.wgsl', 'norm/fold.wgsl', 'norm/fold_lanes.wgsl', 'norm/apply.wgsl'],
+      files: [
+        'lib/lane_sum.wgsl',
+        'norm/source.wgsl',
+        'norm/fold.wgsl',
+        'norm/fold_lanes.wgsl',
+        'norm/apply.wgsl',
+      ],
       constants: LANES,
+      octets: ['out'],
       subgroupSize: 8,
     },
     shared: {
       files: ['norm/source.wgsl', 'norm/fold.wgsl', 'norm/fold_shared.wgsl', 'norm/apply.wgsl'],
-      constants: SHARED,
+      constants: { ...SHARED, COLUMNS: 1 },
+      octets: ['out'],
     },
   },
 });
@@ -80,8 +88,17 @@ export const layerNorm: Kernel = defineKernel({
   },
   params: { rows: 'u32', quads: 'u32', image0: 'u32', eps: 'f32' },
   variants: {
-    held: { files: ['norm/layer_norm_held.wgsl'], constants: { ROWS: 16 }, subgroupSize: 8 },
-    lanes: { files: ['norm/layer_norm_lanes.wgsl'], constants: { ROWS: 4 }, subgroupSize: 8 },
+    held: {
+      files: ['lib/lane_sum.wgsl', 'norm/layer_norm_held.wgsl'],
+      constants: { ROWS: 64 },
+      octets: ['x', 'out'],
+      subgroupSize: 8,
+    },
+    lanes: {
+      files: ['lib/lane_sum.wgsl', 'norm/layer_norm_lanes.wgsl'],
+      constants: { ROWS: 4 },
+      subgroupSize: 8,
+    },
     shared: { files: ['norm/layer_norm.wgsl'], constants: { ROWS: 4 } },
   },
 });
@@ -123,7 +140,7 @@ export interface GroupNormArgs {
   readonly label: string;
   readonly images: number;
   readonly tokens: number;
-  /** A multiple of 32; with `x2`, of both tensors together. */
+  /** A multiple of 8 and of `groups` (32 unless told); with `x2`, of both tensors together. */
   readonly channels: number;
   readonly groups?: number;
   readonly eps: number;
@@ -150,13 +167,16 @@ export function groupNormOf(
   const split = x2 ? (args.splitChannels ?? 0) / 4 : quads;
   const sources = { x, ...(x2 ? { x2 } : {}) };
   const params = { tokens, quads, split, chunks, chunkTokens };
-  const owned = constantOf(groupMoments, variant, 'LANES') * constantOf(groupMoments, variant, 'COLUMNS');
-  const grid = [ceilDiv(quads, owned), chunks, images] as const;
-  const common = { variant, choices: {}, label, grid };
+  const gridOf = (kernel: Kernel, channelsEach: number): Dispatch['grid'] => {
+    const columns = constantOf(kernel, variant, 'LANES') * constantOf(kernel, variant, 'COLUMNS');
+    return [ceilDiv(channels, columns * channelsEach), chunks, images];
+  };
+  const common = { variant, choices: {}, label };
   return [
     {
       ...common,
       kernel: groupMoments,
+      grid: gridOf(groupMoments, 4),
       constants: {},
       operands: { ...sources, moments },
       params,
@@ -165,6 +185,7 @@ export function groupNormOf(
     {
       ...common,
       kernel: groupApply,
+      grid: gridOf(groupApply, 8),
       constants: args.silu ? { SILU: true } : {},
       operands: { ...sources, moments, gamma, beta, out },
       params: { ...params, groupChannels: channels / (args.groups ?? GROUPS), image0: 0, eps: args.eps },

@@ -87,7 +87,7 @@ const RULES: Readonly<Record<string, readonly Rule[]>> = {
   group_norm_moments: [{ variant: 'lanes' }, { variant: 'shared' }],
   layer_norm: [
     // Reads a row once, where its channels fit the registers: 80 to 90 against 60 % of the copy rate.
-    { variant: 'held', can: ({ columns = Infinity }) => columns <= 320 },
+    { variant: 'held', can: ({ columns = Infinity }) => columns <= 320 && columns % 8 === 0 },
     { variant: 'lanes' },
     { variant: 'shared' },
   ],

@@ -219,10 +219,10 @@ export const CASES: readonly Case[] = [
   ].map(groupNormCase),
   ...[
     { name: 'made-up moments', images: 3, tokens: 150, channels: 320 },
-    { name: 'made-up moments of 37 groups', tokens: 64, channels: 148, groups: 37 },
+    { name: 'made-up moments of 37 groups', tokens: 64, channels: 296, groups: 37 },
     { name: 'made-up moments with SiLU', tokens: 16, channels: 64, silu: true },
     { name: 'made-up moments of 80 channels a group', tokens: 16, channels: 2560 },
-    { name: 'made-up moments of one channel a group', images: 2, tokens: 17, channels: 68, groups: 68 },
+    { name: 'made-up moments of one channel a group', images: 2, tokens: 17, channels: 72, groups: 72 },
     { name: 'made-up moments of two sources', images: 2, tokens: 15, channels: 96, split: 60, silu: true },
   ].map(applyCase),
 ];
