@@ -23,7 +23,16 @@ fn load_w(at: u32) -> vec4f {
   return scales(at / 256u, q) * bytes(w[at / 256u * 68u + k / 4u * 8u + q][k % 4u]);
 }
 
-// The same for k .. k+3, one a column of the result. Precondition: k is a multiple of 4.
+// The same for k and k + 1, one a column of the result. Precondition: k is even.
+fn load2_w(at: u32) -> mat2x4f {
+  let k = at / 8u % 32u;
+  let q = at % 8u;
+  let d = scales(at / 256u, q);
+  let words = at / 256u * 68u + k / 4u * 8u + q;
+  return mat2x4f(d * bytes(w[words][k % 4u]), d * bytes(w[words][k % 4u + 1u]));
+}
+
+// The same for k .. k+3. Precondition: k is a multiple of 4.
 fn load4_w(at: u32) -> mat4x4f {
   let q = at % 8u;
   let d = scales(at / 256u, q);

@@ -28,7 +28,7 @@ fn main(
       let quad = 2u * min(octet, octets - 1u);
       let first = normed(at(row, quad), affines[c][0]);
       let second = normed(at(row, quad + 1u), affines[c][1]);
-      if (octet < octets) { save_out(row * octets + octet, array(first, second)); }
+      if (octet < octets) { save8_out(row * octets + octet, array(first, second)); }
     }
   }
 }

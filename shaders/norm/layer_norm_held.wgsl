@@ -24,7 +24,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     var v = array<array<vec4f, 2>, HELD>();
     var sum = vec4f(0.0);
     for (var i = 0u; i < HELD; i++) {
-      v[i] = load_x(base + min(lane + 8u * i, octets - 1u));
+      v[i] = load8_x(base + min(lane + 8u * i, octets - 1u));
       sum += select(vec4f(0.0), v[i][0] + v[i][1], lane + 8u * i < octets);
     }
     let mean = laneSum(dot(sum, vec4f(1.0))) / width;
@@ -37,7 +37,7 @@ fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) la
     for (var i = 0u; i < HELD; i++) {
       let o = lane + 8u * i;
       if (o < octets) {
-        save_out(base + o, array(v[i][0] * rstd * scale[i][0] + shift[i][0], v[i][1] * rstd * scale[i][1] + shift[i][1]));
+        save8_out(base + o, array(v[i][0] * rstd * scale[i][0] + shift[i][0], v[i][1] * rstd * scale[i][1] + shift[i][1]));
       }
     }
   }

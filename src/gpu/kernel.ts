@@ -11,6 +11,12 @@ export type Storage = 'f32' | 'f16';
 /** Bytes of one element of a stored tensor. */
 export const storageBytes = (storage: Storage): number => (storage === 'f16' ? 2 : 4);
 
+/**
+ * What one access of a binding takes: two values, `load2_NAME(i)` and `save2_NAME(i, v)` of `vec2f` (and `load_NAME(i)`, of two
+ * accesses); four; or eight, `load8_NAME(i)` and `save8_NAME(i, v)` of `array<vec4f, 2>`.
+ */
+export type Unit = 'pair' | 'quad' | 'octet';
+
 export interface BindingSpec {
   /**
    * WGSL store type, e.g. `array<Quad>` (four consecutive stored values) or `array<vec4f>`. A binding of Quads is read with
@@ -36,8 +42,8 @@ export interface VariantSpec {
   readonly constants?: Readonly<Record<string, number | boolean>>;
   /** Choices that the variant is written for, of options that it does not take all of. */
   readonly choices?: Readonly<Record<string, readonly string[]>>;
-  /** Bindings of Quads that it reads and writes two at a time: `load_NAME(i)` and `save_NAME(i, v)` take an `array<vec4f, 2>`. */
-  readonly octets?: readonly string[];
+  /** Bindings of Quads that it reads and writes by another unit, where that is not one Quad. */
+  readonly units?: Readonly<Record<string, Unit>>;
   /** The variant relies on subgroups of exactly this many lanes. */
   readonly subgroupSize?: number;
   /** The variant multiplies with matrix units of this shape: constants MATRIX_M, MATRIX_N and MATRIX_K of its module. */

@@ -11,6 +11,7 @@ import {
   type Kernel,
   type MatrixShape,
   type Storage,
+  type Unit,
 } from './kernel.ts';
 
 export const SHADERS: string = fileURLToPath(new URL('../../shaders/', import.meta.url));
@@ -111,9 +112,9 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
   for (const [name, spec] of Object.entries(kernel.bindings)) {
     const index = bound.indexOf(name);
     const wide = recipe.wide.includes(name);
-    const unit = unitOf(wide, variant?.octets?.includes(name) ?? false);
+    const unit = variant?.units?.[name] ?? 'quad';
     if (index >= 0) {
-      const type = spec.type.replace('Quad', unit.stored);
+      const type = spec.type.replace('Quad', wide ? UNITS[unit].value : UNITS[unit].stored);
       lines.push(`@group(0) @binding(${index + 1}) var<storage, ${spec.access}> ${name}: ${type};`);
     } else if (spec.optional) {
       // Stands in for the absent operand so that code behind `if (HAS_name)` compiles and is dropped.
@@ -121,7 +122,7 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
     } else throw new Error(`kernel ${kernel.name} needs the operand ${name}`);
     if (spec.optional) lines.push(`const HAS_${name} = ${index >= 0};`);
     if (spec.type === 'array<Quad>')
-      lines.push(`const WIDE_${name} = ${wide};`, ...accessors(name, spec, unit));
+      lines.push(`const WIDE_${name} = ${wide};`, ...accessors(name, spec, unit, wide));
   }
   return lines;
 }
@@ -135,27 +136,22 @@ function matrixDirectives({ input }: MatrixShape): string[] {
   ];
 }
 
-/** What a binding of Quads is read and written by: one Quad or two, packed as the storage says, or f32 as it is. */
-interface Unit {
-  readonly stored: string;
-  readonly value: string;
-  /** Functions of `lib/`, or nothing. */
-  readonly decode: string;
-  readonly encode: string;
-}
+/** By unit: what the storage packs it into and the values that it is, both aliases or types of WGSL, and the values' number. */
+const UNITS = {
+  pair: { stored: 'Pair', value: 'vec2f', count: '2' },
+  quad: { stored: 'Quad', value: 'vec4f', count: '' },
+  octet: { stored: 'Octet', value: 'array<vec4f, 2>', count: '8' },
+} as const satisfies Record<Unit, object>;
 
-function unitOf(wide: boolean, octets: boolean): Unit {
-  const value = octets ? 'array<vec4f, 2>' : 'vec4f';
-  if (wide) return { stored: value, value, decode: '', encode: '' };
-  return octets
-    ? { stored: 'Octet', value, decode: 'dec_octet', encode: 'enc_octet' }
-    : { stored: 'Quad', value, decode: 'dec', encode: 'enc' };
-}
-
-function accessors(name: string, { access }: BindingSpec, { value, decode, encode }: Unit): string[] {
+/** How a binding of Quads is read and written: packed as the storage says, or f32 as it is. */
+function accessors(name: string, { access }: BindingSpec, unit: Unit, wide: boolean): string[] {
+  const { value, count } = UNITS[unit];
   // The parameters must not hide a binding of the same name.
   const at = `${name}[index_]`;
-  const load = `fn load_${name}(index_: u32) -> ${value} { return ${decode}(${at}); }`;
-  const save = `fn save_${name}(index_: u32, value_: ${value}) { ${at} = ${encode}(value_); }`;
-  return access === 'read' ? [load] : [load, save];
+  const decoded = wide ? at : `dec${count}(${at})`;
+  const encoded = wide ? 'value_' : `enc${count}(value_)`;
+  const load = `fn load${count}_${name}(index_: u32) -> ${value} { return ${decoded}; }`;
+  const save = `fn save${count}_${name}(index_: u32, value_: ${value}) { ${at} = ${encoded}; }`;
+  const loadQuad = `fn load_${name}(i_: u32) -> vec4f { return vec4f(load2_${name}(2u * i_), load2_${name}(2u * i_ + 1u)); }`;
+  return [load, ...(unit === 'pair' ? [loadQuad] : []), ...(access === 'read' ? [] : [save])];
 }

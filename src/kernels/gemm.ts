@@ -9,7 +9,6 @@ import {
   type Decision,
   type Dispatch,
   defineKernel,
-  isWide,
   type Kernel,
   type Operand,
 } from '../gpu/kernel.ts';
@@ -21,7 +20,7 @@ import {
   epilogueParams,
 } from './epilogue.ts';
 import { lanesOf, MATRIX_VARIANTS, matrixVariants } from './matrix.ts';
-import { choiceOf, PANEL, storageOf, W_FILES, type WeightFormat } from './panel.ts';
+import { choiceOf, PANEL, W_FILES, type WeightFormat } from './panel.ts';
 import { pick, type Shape, type Ways } from './pick.ts';
 
 /** Ranks of one low-rank block. */
@@ -75,8 +74,9 @@ export const gemm: Kernel = defineKernel({
       subgroupSize: 8,
     },
     winograd: {
-      files: [...EPILOGUE.files, 'gemm/spread.wgsl', 'gemm/winograd.wgsl'],
+      files: [...EPILOGUE.files, 'gemm/winograd.wgsl'],
       choices: { a: ['conv3'] },
+      units: { x: 'pair' },
       subgroupSize: 8,
     },
     tile: { files: [...EPILOGUE.files, 'gemm/place.wgsl', 'gemm/tile.wgsl'] },
@@ -97,7 +97,7 @@ interface Tile {
 export const TILES: Readonly<Record<string, Tile>> = {
   broadcast32: { panels: 1, rows: 32, cutsK: false },
   broadcast8: { panels: 1, rows: 64, cutsK: false },
-  winograd: { panels: 1, rows: 16, cutsK: false },
+  winograd: { panels: 1, rows: 8, cutsK: false },
   tile: { panels: 2, rows: 64, cutsK: true },
   ...Object.fromEntries(MATRIX_VARIANTS.map((variant) => [variant, { panels: 2, rows: 64, cutsK: true }])),
 };
@@ -147,8 +147,7 @@ export interface GemmChoice extends Choice {
 }
 
 /** Sizes of a layer that its choice depends on. */
-export type GemmSizes = Pick<GemmArgs, 'images' | 'm' | 'n' | 'gated' | 'channels' | 'rows' | 'format'> &
-  Partial<Pick<GemmArgs, 'x'>>;
+export type GemmSizes = Pick<GemmArgs, 'images' | 'm' | 'n' | 'gated' | 'channels' | 'rows' | 'format'>;
 
 export interface GemmArgs extends EpilogueArgs {
   /** Input channels of one tap, a multiple of 8. */
@@ -215,7 +214,6 @@ const shapeOf = (args: GemmSizes): Shape => ({
   images: args.images,
   rows: args.m,
   runs: runsOf(args),
-  halves: storageOf(args.format ?? 'f32') === 'f16' && !isWide(args.x),
   depth: tapsOf(args.rows) * args.channels,
 });
 

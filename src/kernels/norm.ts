@@ -67,13 +67,13 @@ export const groupApply: Kernel = defineKernel({
         'norm/apply.wgsl',
       ],
       constants: LANES,
-      octets: ['out'],
+      units: { out: 'octet' },
       subgroupSize: 8,
     },
     shared: {
       files: ['norm/source.wgsl', 'norm/fold.wgsl', 'norm/fold_shared.wgsl', 'norm/apply.wgsl'],
       constants: { ...SHARED, COLUMNS: 1 },
-      octets: ['out'],
+      units: { out: 'octet' },
     },
   },
 });
@@ -91,7 +91,7 @@ export const layerNorm: Kernel = defineKernel({
     held: {
       files: ['lib/lane_sum.wgsl', 'norm/layer_norm_held.wgsl'],
       constants: { ROWS: 64 },
-      octets: ['x', 'out'],
+      units: { x: 'octet', out: 'octet' },
       subgroupSize: 8,
     },
     lanes: {

@@ -18,8 +18,6 @@ export interface Shape {
   readonly rows?: number;
   /** Runs of four output pixels that these rows are, 0 where they are no 3x3 convolution of stride 1. */
   readonly runs?: number;
-  /** Whether they are read as halves. */
-  readonly halves?: boolean;
   readonly columns?: number;
   /** Terms of a sum: taps times channels. */
   readonly depth?: number;
@@ -59,12 +57,12 @@ const FEW_ROWS = 16;
 const RULES: Readonly<Record<string, readonly Rule[]>> = {
   gemm: [
     ...MATRIX_RULES,
-    // A tile of 16 runs costs as much as 1.3 to 1.9 of one of 32 rows, of f32 often more than two.
+    // A tile of 8 runs costs 0.8 of one of 32 rows.
     {
       variant: 'winograd',
       can: ({ runs = 0 }) => runs > 0,
-      when: (_, { rows = 0, runs = 0, halves = false }) =>
-        halves && 1.6 * Math.ceil(runs / 16) < Math.ceil(rows / 32),
+      when: (_, { rows = 0, runs = 0 }) =>
+        rows > FEW_ROWS && 0.8 * Math.ceil(runs / 8) < Math.ceil(rows / 32),
     },
     // Shuffles from a constant lane are free on a software driver, workgroup memory is not: 37 to 76 against 6 to 11
     // GFLOP/s. The tile of 32 rows is 1.65 times as fast as that of 8, on as many rows as it has.

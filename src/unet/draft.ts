@@ -196,7 +196,7 @@ export class Draft {
     const channels = storedChannels(matrix.inFeatures);
     const n = storedChannels(epilogue.gated ? matrix.outFeatures / 2 : matrix.outFeatures);
     const sizes = { images, m, n, channels, rows, ...epilogue };
-    const choice = chosen ?? choose({ ...sizes, x, format: matrix.format }, capabilities);
+    const choice = chosen ?? choose({ ...sizes, format: matrix.format }, capabilities);
     const sums = partialsOf(sizes, choice);
     const partials = choice.splits > 1 ? this.tensor(`${label} partials`, sums, true) : undefined;
     const out = given ?? this.tensor(label, images * m * n, wide);
