@@ -3,8 +3,8 @@ import { readdirSync, readFileSync } from 'node:fs';
 import { cpus } from 'node:os';
 import type { Device } from '../src/gpu/device.ts';
 import type { Storage } from '../src/gpu/kernel.ts';
-import type { Case } from '../test/kernels/case.ts';
-import { closePrepared, prepare } from '../test/kernels/run.ts';
+import type { Built, Case } from '../test/kernels/case.ts';
+import { closePrepared, type Prepared, prepare } from '../test/kernels/run.ts';
 
 export interface Measured {
   /** Median over the runs, and the distance between their quartiles, of all dispatches together. */
@@ -65,42 +65,80 @@ export const median = (values: readonly number[]): number =>
     0.5,
   );
 
+/** What is measured: a case in a storage, by a variant or the one that the rules pick. */
+export interface Work {
+  readonly one: Case;
+  readonly storage: Storage;
+  readonly variant?: string | undefined;
+}
+
 /** Runs at least 5 times and for about `budgetMs`. */
-export async function measure(
+export async function measure(device: Device, work: Work, budgetMs: number): Promise<Measured> {
+  const [measured] = await measureInTurns(device, [work], budgetMs);
+  return measured!;
+}
+
+/** The same of several, one run of each after the other; the budget is the first one's. */
+export async function measureInTurns(
   device: Device,
-  one: Case,
-  storage: Storage,
-  { variant, budgetMs }: { variant?: string | undefined; budgetMs: number },
-): Promise<Measured> {
-  const built = one.build(storage);
-  const prepared = await prepare(device, built, storage, variant);
-  const { plan } = prepared;
+  works: readonly Work[],
+  budgetMs: number,
+): Promise<Measured[]> {
+  const turns: Turn[] = [];
   try {
-    const times: number[] = [];
-    const cores: number[] = [];
-    let flops = 0;
-    // The first run compiles, the second warms caches.
-    for (let run = -2; run < 5 || (run < 50 && times.reduce((a, b) => a + b, 0) < budgetMs); run++) {
-      const before = driverCpuMs();
-      const timings = await plan.profile();
-      const after = driverCpuMs();
-      if (run < 0) continue;
-      times.push(timings.reduce((sum, { ms }) => sum + ms, 0));
-      flops = timings.reduce((sum, timing) => sum + timing.flops, 0);
-      if (before !== undefined && after !== undefined) cores.push((after - before) / cpus().length);
+    for (const { one, storage, variant } of works) {
+      const built = one.build(storage);
+      turns.push({ built, variant, prepared: await prepare(device, built, storage, variant), runs: [] });
     }
+    let spentMs = 0;
+    // The first run compiles, the second warms caches.
+    for (let run = -2; run < 5 || (run < 50 && spentMs < budgetMs); run++)
+      for (const { prepared, runs } of turns) {
+        const timed = await timeOnce(prepared);
+        if (run >= 0) runs.push(timed);
+        if (run >= 0 && runs === turns[0]?.runs) spentMs += timed.ms;
+      }
     device.check();
-    times.sort((a, b) => a - b);
-    return {
-      ms: quantile(times, 0.5),
-      spreadMs: quantile(times, 0.75) - quantile(times, 0.25),
-      coreMs: device.capabilities.software && cores.length > 0 ? median(cores) : undefined,
-      runs: times.length,
-      flops,
-      bytes: built.bytes,
-      variant: variant ?? 'picked',
-    };
+    return turns.map((turn) => measuredOf(turn, device.capabilities.software));
   } finally {
-    closePrepared(prepared);
+    for (const { prepared } of turns) closePrepared(prepared);
   }
+}
+
+interface Run {
+  readonly ms: number;
+  readonly coreMs: number | undefined;
+  readonly flops: number;
+}
+
+interface Turn {
+  readonly built: Built;
+  readonly variant: string | undefined;
+  readonly prepared: Prepared;
+  readonly runs: Run[];
+}
+
+async function timeOnce({ plan }: Prepared): Promise<Run> {
+  const before = driverCpuMs();
+  const timings = await plan.profile();
+  const after = driverCpuMs();
+  return {
+    ms: timings.reduce((sum, { ms }) => sum + ms, 0),
+    coreMs: before === undefined || after === undefined ? undefined : (after - before) / cpus().length,
+    flops: timings.reduce((sum, { flops }) => sum + flops, 0),
+  };
+}
+
+function measuredOf({ built, variant, runs }: Turn, software: boolean): Measured {
+  const times = runs.map(({ ms }) => ms).sort((a, b) => a - b);
+  const cores = runs.flatMap(({ coreMs }) => coreMs ?? []);
+  return {
+    ms: quantile(times, 0.5),
+    spreadMs: quantile(times, 0.75) - quantile(times, 0.25),
+    coreMs: software && cores.length > 0 ? median(cores) : undefined,
+    runs: times.length,
+    flops: runs[0]?.flops ?? 0,
+    bytes: built.bytes,
+    variant: variant ?? 'picked',
+  };
 }

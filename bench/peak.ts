@@ -7,7 +7,7 @@ import { type Capabilities, defineKernel, type Kernel, runsOn, type Storage } fr
 import { MATRIX_VARIANTS } from '../src/kernels/matrix.ts';
 import type { Case } from '../test/kernels/case.ts';
 import { matrixCase, matrixPeak } from './matrix-peak.ts';
-import { type Measured, measure } from './measure.ts';
+import { type Measured, measure, type Work } from './measure.ts';
 
 export const fma: Kernel = defineKernel({
   name: 'bench_fma',
@@ -93,17 +93,37 @@ export const matrixVariantsOf = (capabilities: Capabilities): readonly string[] 
 /** Milliseconds of each measurement. */
 const BUDGET_MS = 400;
 
-export function matrixPeakOf(device: Device, variant: string): Promise<Measured> {
-  const one = device.capabilities.software ? matrixCase(variant, 64, 16) : matrixCase(variant, 8192, 512);
-  return measure(device, one, 'f16', { budgetMs: BUDGET_MS });
+const fmaWork = (software: boolean): Work => ({
+  one: software ? fmaCase(256, 512) : fmaCase(65535, 64),
+  storage: 'f32',
+});
+
+const streamWork = (software: boolean): Work => ({
+  one: streamCase(software ? 8192 : 16384),
+  storage: 'f32',
+});
+
+const matrixWork = (software: boolean, variant: string): Work => ({
+  one: software ? matrixCase(variant, 64, 16) : matrixCase(variant, 8192, 512),
+  storage: 'f16',
+  variant,
+});
+
+/** What a kernel is held against, to be measured beside it. */
+export function peakWorkOf({ capabilities }: Device, peaks: Peaks, by: Bound, storage: Storage): Work {
+  const { software } = capabilities;
+  if (by === 'bytes') return streamWork(software);
+  return storage === 'f16' && peaks.matrix ? matrixWork(software, peaks.matrix.variant) : fmaWork(software);
 }
+
+export const matrixPeakOf = (device: Device, variant: string): Promise<Measured> =>
+  measure(device, matrixWork(device.capabilities.software, variant), BUDGET_MS);
 
 /** Prints them too. */
 export async function peaksOf(device: Device): Promise<Peaks> {
   const { software } = device.capabilities;
-  const budgetMs = BUDGET_MS;
-  const flops = await measure(device, software ? fmaCase(256, 512) : fmaCase(65535, 64), 'f32', { budgetMs });
-  const bytes = await measure(device, streamCase(software ? 8192 : 16384), 'f32', { budgetMs });
+  const flops = await measure(device, fmaWork(software), BUDGET_MS);
+  const bytes = await measure(device, streamWork(software), BUDGET_MS);
   let matrix: Measured | undefined;
   // Software drivers only imitate such units, and no kernel uses them there.
   for (const variant of software ? [] : matrixVariantsOf(device.capabilities)) {

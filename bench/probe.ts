@@ -111,7 +111,7 @@ async function weightPaths(device: Device, isQuick: boolean): Promise<readonly R
       if (wrong) throw new Error(`${variant}, weights ${isStaged ? 'staged' : 'direct'}: ${wrong}`);
       for (const depth of DEPTHS) {
         const one = matrixBCase(variant, isStaged, isQuick ? [64, 64, 64] : [4096, depth, 1280]);
-        const measured = await measure(device, one, 'f16', { budgetMs: 300 });
+        const measured = await measure(device, { one, storage: 'f16' }, 300);
         rates.push(
           rateRow(`weights ${one.name}`, 'GFLOP/s', measured.ms, rateOf('flops', measured, measured.ms)),
         );
