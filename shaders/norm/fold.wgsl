@@ -25,7 +25,7 @@ fn moment(image: u32, chunk: u32, which: u32, channel: u32) -> f32 {
   return moments[((image * p.chunks + chunk) * 2u + which) * p.quads * 4u + channel];
 }
 
-const CHANNEL_SLOTS = 8u;
+const CHANNEL_SLOTS = 4u;
 
 // Of a group, every CHANNEL_SLOTS-th channel and every chunkSlots-th chunk, from those of a slot on; n = 0 where there are none.
 // Summed as distances from the first mean: see moments.wgsl.

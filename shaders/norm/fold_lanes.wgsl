@@ -1,7 +1,7 @@
 // Scale and shift of the channels of a workgroup that is one subgroup: its lanes are the slots of one group after the other. Those
 // of one column at a time, in a loop that is not unrolled, as few values are carried from group to group: that compiles in a
 // quarter of the time.
-// Preconditions: subgroups of LANES lanes, as many as CHANNEL_SLOTS; ROWS = 1.
+// Preconditions: subgroups of LANES lanes; ROWS = 1.
 
 fn affinesOf(image: u32, firstOctet: u32, lane: u32) -> array<Affines, COLUMNS> {
   let count = f32(p.tokens) * f32(p.groupChannels);
@@ -12,7 +12,7 @@ fn affinesOf(image: u32, firstOctet: u32, lane: u32) -> array<Affines, COLUMNS> 
     var mean = array<vec4f, 2>();
     var rstd = array<vec4f, 2>();
     for (var group = groupOf(8u * first); group <= groupOf(8u * (first + LANES) - 1u); group++) {
-      let part = partOf(image, group, lane, 1u);
+      let part = partOf(image, group, lane, LANES / CHANNEL_SLOTS);
       let origin = subgroupBroadcast(part.mean, 0u);
       let distance = laneSum(part.n * (part.mean - origin)) / count;
       let d = part.mean - origin - distance;
