@@ -113,12 +113,12 @@ function header(kernel: Kernel, recipe: Recipe, bound: readonly string[]): strin
     const index = bound.indexOf(name);
     const wide = recipe.wide.includes(name);
     const unit = variant?.units?.[name] ?? 'quad';
+    const type = spec.type.replace('Quad', wide ? UNITS[unit].value : UNITS[unit].stored);
     if (index >= 0) {
-      const type = spec.type.replace('Quad', wide ? UNITS[unit].value : UNITS[unit].stored);
       lines.push(`@group(0) @binding(${index + 1}) var<storage, ${spec.access}> ${name}: ${type};`);
     } else if (spec.optional) {
       // Stands in for the absent operand so that code behind `if (HAS_name)` compiles and is dropped.
-      lines.push(`var<private> ${name}: ${spec.type.replace(/>$/, ', 1>')};`);
+      lines.push(`var<private> ${name}: ${type.replace(/>$/, ', 1>')};`);
     } else throw new Error(`kernel ${kernel.name} needs the operand ${name}`);
     if (spec.optional) lines.push(`const HAS_${name} = ${index >= 0};`);
     if (spec.type === 'array<Quad>')
