@@ -82,9 +82,13 @@ export const rateOf = (by: Bound, measured: Pick<Measured, Bound>, ms: number): 
 /** `matrix`: of the fastest shape of matrix units that kernels use in f16 storage; undefined where they use none. */
 export type Peaks = Readonly<Record<Bound, Measured>> & { readonly matrix?: Measured | undefined };
 
+/** The matrix units' peak, where a kernel is held against that. */
+const matrixOf = (peaks: Peaks, by: Bound, storage: Storage): Measured | undefined =>
+  by === 'flops' && storage === 'f16' ? peaks.matrix : undefined;
+
 /** The peak that a kernel is held against. */
 export const peakOf = (peaks: Peaks, by: Bound, storage: Storage): Measured =>
-  by === 'flops' && storage === 'f16' ? (peaks.matrix ?? peaks.flops) : peaks[by];
+  matrixOf(peaks, by, storage) ?? peaks[by];
 
 /** Variants for the matrix units that the adapter has. */
 export const matrixVariantsOf = (capabilities: Capabilities): readonly string[] =>
@@ -109,11 +113,12 @@ const matrixWork = (software: boolean, variant: string): Work => ({
   variant,
 });
 
-/** What a kernel is held against, to be measured beside it. */
+/** The same, to be measured beside the kernel. */
 export function peakWorkOf({ capabilities }: Device, peaks: Peaks, by: Bound, storage: Storage): Work {
   const { software } = capabilities;
-  if (by === 'bytes') return streamWork(software);
-  return storage === 'f16' && peaks.matrix ? matrixWork(software, peaks.matrix.variant) : fmaWork(software);
+  const matrix = matrixOf(peaks, by, storage);
+  if (matrix) return matrixWork(software, matrix.variant);
+  return by === 'bytes' ? streamWork(software) : fmaWork(software);
 }
 
 export const matrixPeakOf = (device: Device, variant: string): Promise<Measured> =>

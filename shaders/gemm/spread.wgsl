@@ -1,7 +1,7 @@
 // The inner product of tiles for drivers whose subgroups have 8 lanes and where workgroup memory is slow (software). A lane
 // owns some rows of the tile and all of its columns; B is loaded once by the subgroup and spread by shuffles from constant
-// lanes, which cost such a driver nothing. Who uses it says how many rows a lane owns, OWNED, and how many quads of columns
-// `outer` takes, SPREAD.
+// lanes, which cost such a driver nothing. Rows as in rows32.wgsl, which says how many a lane owns, OWNED, and how many quads of
+// columns `outer` takes, SPREAD.
 
 // A quad of each of the lane's rows: of k in A, of columns in the sums.
 alias Rows = array<vec4f, OWNED>;

@@ -143,10 +143,6 @@ export interface Resident {
 
 export type Operand = Virtual | Resident;
 
-/** Whether it holds f32 in a plan of another storage. */
-export const isWide = (operand: Operand | undefined): boolean =>
-  operand?.kind === 'virtual' && operand.wide === true;
-
 /** One use of a kernel, as data. */
 export interface Dispatch {
   readonly kernel: Kernel;

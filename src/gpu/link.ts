@@ -4,15 +4,7 @@
  */
 import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import {
-  type BindingSpec,
-  type Dispatch,
-  isWide,
-  type Kernel,
-  type MatrixShape,
-  type Storage,
-  type Unit,
-} from './kernel.ts';
+import type { BindingSpec, Dispatch, Kernel, MatrixShape, Storage, Unit } from './kernel.ts';
 
 export const SHADERS: string = fileURLToPath(new URL('../../shaders/', import.meta.url));
 
@@ -34,7 +26,10 @@ export type Recipe = Pick<Dispatch, 'kernel' | 'variant' | 'choices' | 'constant
 export function recipeOf(dispatch: Dispatch): Recipe {
   const { kernel, variant, choices, constants } = dispatch;
   const operandNames = Object.keys(dispatch.operands);
-  const wide = operandNames.filter((name) => isWide(dispatch.operands[name]));
+  const wide = operandNames.filter((name) => {
+    const operand = dispatch.operands[name];
+    return operand?.kind === 'virtual' && operand.wide === true;
+  });
   return { kernel, variant, choices, constants, operandNames, wide };
 }
 

@@ -162,6 +162,7 @@ export function groupNormOf(
   forced?: string,
 ): readonly Dispatch[] {
   const { images, tokens, channels, x, x2, moments, gamma, beta, out, label } = args;
+  if (channels % 8 !== 0) throw new Error(`${label}: channels ${channels} must be a multiple of 8`);
   const { variant, chunks, chunkTokens } = chunksOf(tokens, capabilities, forced);
   const quads = channels / 4;
   const split = x2 ? (args.splitChannels ?? 0) / 4 : quads;

@@ -71,7 +71,7 @@ export const layerNormCase = (shape: LayerNormShape): Case => ({
 });
 
 export const CASES: readonly Case[] = [
-  ...[1, 3, 4, 5, 63, 64, 65, 129].map((rows) => ({ name: `${rows} rows`, rows, channels: 72 })),
+  ...[1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 129].map((rows) => ({ name: `${rows} rows`, rows, channels: 72 })),
   ...[4, 8, 60, 64, 68, 312, 316, 1280].map((channels) => ({
     name: `${channels} channels`,
     rows: 7,

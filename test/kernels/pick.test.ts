@@ -40,11 +40,12 @@ describe('pick', () => {
   });
 
   test('convolutions with full runs and tiles go by Winograd where subgroups have 8 lanes', () => {
-    const of = (rows: number, runs: number, lanes = 8) =>
-      pick(gemm, adapter(lanes, lanes === 8, []), { rows, runs, format: 'f16' }).choice.variant;
-    expect([of(256, 64), of(32, 8), of(220, 64)]).toEqual(['winograd', 'winograd', 'winograd']);
-    expect([of(16, 4), of(81, 27), of(256, 0)]).toEqual(['broadcast8', 'broadcast32', 'broadcast32']);
-    expect(of(256, 64, 32)).toBe('tile');
+    const of = (rows: number, runs: number, { lanes = 8, format = 'f16' as 'f16' | 'f32' } = {}) =>
+      pick(gemm, adapter(lanes, lanes === 8, []), { rows, runs, format }).choice.variant;
+    expect([of(256, 64), of(64, 16), of(220, 64)]).toEqual(['winograd', 'winograd', 'winograd']);
+    expect([of(32, 8), of(256, 64, { format: 'f32' })]).toEqual(['winograd', 'winograd']);
+    expect([of(16, 4), of(120, 36), of(81, 27)]).toEqual(['broadcast8', 'broadcast32', 'broadcast32']);
+    expect([of(256, 0), of(256, 64, { lanes: 32 })]).toEqual(['broadcast32', 'tile']);
   });
 
   test('attention leaves heads of odd widths and of more than 160 to other variants', () => {
