@@ -15,7 +15,7 @@ import { median } from './measure.ts';
 
 /** Encodings that count, and before them those that V8 compiles and optimises the code in. */
 const ENCODES = 100;
-const WARM_UP = 50;
+const WARM_UP = 100;
 /** More than the element of any binding; no bytes of it are ever read. */
 const STAND_IN_BYTES = 4096;
 

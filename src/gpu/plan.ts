@@ -74,7 +74,14 @@ export class Plan {
     const bytes = new DataView(new ArrayBuffer(Math.max(1, all.length) * stride));
     const ready = all.map((dispatch, i): Ready => {
       writeParams(bytes, i * stride, dispatch);
-      return { dispatch, compiled: compiled[i]!, index: i, bindGroup: undefined, parts: new Map() };
+      return {
+        dispatch,
+        grid: dispatch.grid,
+        compiled: compiled[i]!,
+        index: i,
+        bindGroup: undefined,
+        parts: new Map(),
+      };
     });
     const params = device.createBuffer(
       `${spec.label} params`,
@@ -179,7 +186,7 @@ export class Plan {
     for (const step of this.#steps) walk(step, run, visit);
   }
 
-  /** Encodes what it visits into a pass. The three calls of the bindings cost about a microsecond each; the rest adds a sixth. */
+  /** Encodes what it visits into a pass. The three calls of the bindings cost about a microsecond each; the rest adds a twentieth. */
   #into(pass: GPUComputePassEncoder): Visit {
     return (ready, grid, part) => {
       if (part) for (const substitute of part.substitutes.values()) substitute.ready(pass);

@@ -17,6 +17,8 @@ export interface Run {
 
 export interface Ready {
   readonly dispatch: Dispatch;
+  /** The dispatch's own, kept here because dispatches have as many hidden classes as kernels build them in. */
+  readonly grid: Dispatch['grid'];
   readonly compiled: Compiled;
   readonly index: number;
   bindGroup: GPUBindGroup | undefined;
@@ -73,7 +75,7 @@ export function walk(step: ReadyStep, run: Run, visit: Visit): void {
     const isPlain =
       step.slots.every((slot) => (blocks?.(slot) ?? 0) === 0) &&
       !step.tensors.some((name) => substitutes?.has(name));
-    if (isPlain) for (const ready of step.together) visit(ready, ready.dispatch.grid);
+    if (isPlain) for (const ready of step.together) visit(ready, ready.grid);
     else for (const one of step.apart) walk(one, run, visit);
     return;
   }
@@ -82,7 +84,7 @@ export function walk(step: ReadyStep, run: Run, visit: Visit): void {
     let most = 0;
     for (const { slot } of slots) most += blocks(slot);
     // No image's list for all slots is longer; workgroups past the end of a shorter one leave at once.
-    if (most > 0) visit(down, [most, down.dispatch.grid[1], down.dispatch.grid[2]]);
+    if (most > 0) visit(down, [most, down.grid[1], down.grid[2]]);
   }
   for (const { slot, base, main } of slots) {
     const isLow = down && blocks && blocks(slot) > 0;
@@ -91,14 +93,13 @@ export function walk(step: ReadyStep, run: Run, visit: Visit): void {
 }
 
 function visitParts(ready: Ready, substitutes: Substitutes | undefined, visit: Visit): void {
-  const { dispatch } = ready;
-  const { grid, imageAxis } = dispatch;
-  const parts = substitutes && partsOf(dispatch, substitutes);
+  const parts = substitutes && partsOf(ready.dispatch, substitutes);
   if (!parts) {
-    visit(ready, grid);
+    visit(ready, ready.grid);
     return;
   }
-  const [x, y, z] = grid;
+  const [x, y, z] = ready.grid;
+  const { imageAxis } = ready.dispatch;
   for (const part of parts) {
     visit(ready, imageAxis === 1 ? [x, part.images, z] : [x, y, part.images], part);
   }
