@@ -2,12 +2,10 @@
  * What LoRAs cost on the full-size SD 1.5 UNet with random weights: overhead by rank and kind beside the share that is pure
  * arithmetic, batches whose images have different stacks, switching between resident adapters, and what a step uploads.
  */
-import { writeFileSync } from 'node:fs';
-import { loadavg } from 'node:os';
 import { Engine } from '../src/engine/engine.ts';
 import type { LoraUse, StepRequest } from '../src/engine/types.ts';
 import { trafficOf } from '../test/gpu/traffic.ts';
-import { commit } from './facts.ts';
+import { factsOf, writeResult } from './facts.ts';
 import { type AdapterShape, adapterFile, arithmeticOf, modelFile, stepOf } from './full-size.ts';
 import { inPairs, type Pairs, pairsOf, type Ratio, type Sample, sample } from './pairs.ts';
 
@@ -43,6 +41,29 @@ const STEPS = 20;
 const usesOf = (stack: Shapes, strength = 0.7): readonly LoraUse[] =>
   stack.map((shape) => ({ lora: adapterFile(shape).name, strength }));
 
+interface Row extends Pairs {
+  readonly name: string;
+  /** Latent pixels a side. */
+  readonly size: number;
+  /** Low-rank terms' share of the arithmetic of the base. */
+  readonly arithmetic?: number;
+}
+
+/** What steps put on the GPU besides their inputs. */
+interface Uploads {
+  readonly adapterBytes: number;
+  readonly compiled: number;
+  /** A step. */
+  readonly tableBytes: number;
+}
+
+export interface LoraResult {
+  readonly rounds: number;
+  /** Time over that of what each is compared with. */
+  readonly rows: readonly Row[];
+  readonly uploads: Uploads | undefined;
+}
+
 const percent = (share: number): string => `${(share * 100).toFixed(1)} %`;
 const column = (ratio: Ratio | undefined): string =>
   ratio === undefined
@@ -56,12 +77,9 @@ const line = (name: string, { gpu, core }: Pairs, rest = ''): void =>
 
 export async function benchLora(options: LoraBenchOptions): Promise<void> {
   const engine = await Engine.create({ ...(options.adapter ? { adapter: options.adapter } : {}) });
-  const { name: device, backend } = engine.device;
-  const facts = { device, backend, commit: commit(), size: options.size, loadAverage: loadavg()[0] };
-  console.log(`device ${device}, backend ${backend}, commit ${facts.commit}`);
-  console.log(
-    `SD 1.5 at ${options.size}x${options.size} latent pixels, f16, load average ${facts.loadAverage}`,
-  );
+  const facts = factsOf(engine.device);
+  const { size, rounds, json } = options;
+  console.log(`SD 1.5 at ${size}x${size} latent pixels, f16`);
   console.log(
     'ratios are medians of interleaved pairs, their quartiles in brackets; processor time is that of the',
   );
@@ -70,12 +88,9 @@ export async function benchLora(options: LoraBenchOptions): Promise<void> {
   await engine.loadModel(model, 'f16');
   const bench = new Bench(engine, model.name, options);
   try {
-    const overheads = await bench.overheads();
-    const batches = await bench.batches();
-    const switching = await bench.switching();
+    const rows = [...(await bench.overheads()), ...(await bench.batches()), ...(await bench.switching())];
     const uploads = await bench.uploads();
-    const result = { ...facts, overheads, batches, switching, uploads };
-    if (options.json) writeFileSync(options.json, `${JSON.stringify(result, null, 2)}\n`);
+    writeResult(json, 'lora', facts, { rounds, rows, uploads } satisfies LoraResult);
   } finally {
     await engine.close();
   }
@@ -94,12 +109,12 @@ class Bench {
   }
 
   /** One image with a stack against the same image without. */
-  async overheads(): Promise<unknown> {
+  async overheads(): Promise<readonly Row[]> {
     const { size, rounds, filter } = this.#options;
     const step = stepOf(1, size);
     const arithmetic = arithmeticOf(size);
     console.log(`${'over base'.padEnd(36)}${'processor time'.padEnd(28)}${'GPU time'.padEnd(28)}arithmetic`);
-    const rows: unknown[] = [];
+    const rows: Row[] = [];
     for (const [name, stack] of OVERHEADS.filter(([row]) => filter.test(row))) {
       await this.#load(stack);
       const with_ = { ...step, loras: usesOf(stack) };
@@ -109,17 +124,17 @@ class Bench {
         rounds,
       );
       const share = stack.reduce((sum, one) => sum + arithmetic.lowRank(one), 0) / arithmetic.base;
-      rows.push({ name, ...pairs, arithmetic: share });
+      rows.push({ name, size, ...pairs, arithmetic: share });
       line(name, pairs, percent(share).padStart(8));
     }
     return rows;
   }
 
   /** Four images with four stacks against the same four with one. */
-  async batches(): Promise<unknown> {
+  async batches(): Promise<readonly Row[]> {
     const { rounds, filter } = this.#options;
     const name = 'four stacks, against one shared';
-    if (!filter.test(name)) return undefined;
+    if (!filter.test(name)) return [];
     await this.#load([...MIXED.flat(), ...SHARED]);
     const step = stepOf(1, this.#half);
     const one = MIXED.map(() => ({ ...step, loras: usesOf(SHARED) }));
@@ -129,16 +144,15 @@ class Bench {
       () => this.#forward(four),
       rounds,
     );
-    const throughput = 1 / (pairs.core ?? pairs.gpu).median;
-    line(name, pairs, `${percent(throughput)} of its throughput`);
-    return { name, ...pairs, throughput };
+    line(name, pairs);
+    return [{ name, size: this.#half, ...pairs }];
   }
 
   /** The first step with a resident adapter that the step before did not use, against the step after it. */
-  async switching(): Promise<unknown> {
+  async switching(): Promise<readonly Row[]> {
     const { switches, filter } = this.#options;
     const name = `first step after a switch (${switches})`;
-    if (!filter.test(name)) return undefined;
+    if (!filter.test(name)) return [];
     await this.#load(RING);
     const step = stepOf(1, this.#half);
     const run = (i: number): Promise<Sample> =>
@@ -153,13 +167,12 @@ class Bench {
       return pairs;
     });
     const pairs = pairsOf(samples);
-    const adapterBytes = written.get('adapters') ?? 0;
-    line(name, pairs, `${adapterBytes} bytes of adapters uploaded`);
-    return { name, ...pairs, adapterBytes };
+    line(name, pairs, `${written.get('adapters') ?? 0} bytes of adapters uploaded`);
+    return [{ name, size: this.#half, ...pairs }];
   }
 
   /** Steps whose strengths follow a schedule. */
-  async uploads(): Promise<unknown> {
+  async uploads(): Promise<Uploads | undefined> {
     const name = `a strength that changes at ${STEPS} steps`;
     if (!this.#options.filter.test(name)) return undefined;
     await this.#load(RING);
@@ -175,7 +188,7 @@ class Bench {
     console.log(
       `${name}: ${adapterBytes} bytes of adapters uploaded, ${compiled} modules compiled, ${tableBytes} bytes of table a step`,
     );
-    return { name, adapterBytes, compiled, tableBytes };
+    return { adapterBytes, compiled, tableBytes };
   }
 
   get #half(): number {

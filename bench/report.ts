@@ -8,6 +8,8 @@ import type { Facts } from './facts.ts';
 import { FULL_MODELS } from './full-size.ts';
 import type { Row as KernelRow } from './kernels.ts';
 import type { LoadResult } from './load.ts';
+import type { LoraResult } from './lora.ts';
+import type { Ratio } from './pairs.ts';
 import type { Row as PeerRow } from './peers.ts';
 import { type Bar, barsOf } from './plot.ts';
 import type { ServerResult } from './server.ts';
@@ -102,6 +104,26 @@ const load: Section<LoadResult> = {
     })),
 };
 
+const more = (share: number): string => `${fixed((share - 1) * 100)} %`;
+const range = ({ low, high }: Ratio): string => `${more(low)} to ${more(high)}`;
+
+const lora: Section<LoraResult> = {
+  head: ['what', 'size', 'more time', 'quartiles', 'by processor time', 'quartiles', 'more arithmetic'],
+  rows: ({ rows }) =>
+    rows.map(({ name, size, gpu, core, arithmetic }) => [
+      ...[name, `${size}x${size}`, more(gpu.median), range(gpu)],
+      ...(core ? [more(core.median), range(core)] : ['-', '-']),
+      arithmetic === undefined ? '-' : more(1 + arithmetic),
+    ]),
+  title: 'Time of a forward with LoRAs over that without',
+  bars: ({ rows }) =>
+    rows.map(({ name, gpu, core }) => {
+      const { median } = core ?? gpu;
+      return { label: name, value: median, text: `${fixed((median - 1) * 100)} % more` };
+    }),
+  mark: { value: 1, text: 'without' },
+};
+
 const server: Section<ServerResult> = {
   head: [
     ...['model', 'clients', 'requests a second', 'over one client', 'p50 ms', 'p95 ms', 'p99 ms'],
@@ -191,6 +213,7 @@ export function report(): void {
   text = filled(text, 'kernels', kernels);
   text = filled(text, 'unet', unet);
   text = filled(text, 'load', load);
+  text = filled(text, 'lora', lora);
   text = filled(text, 'server', server);
   text = filled(text, 'peers', peers);
   writeFileSync(path, text);
