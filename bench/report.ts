@@ -115,13 +115,13 @@ const lora: Section<LoraResult> = {
       ...(core ? [more(core.median), range(core)] : ['-', '-']),
       arithmetic === undefined ? '-' : more(1 + arithmetic),
     ]),
-  title: 'Time of a forward with LoRAs over that without',
+  title: 'Time of forwards with LoRAs over that of what each is compared with',
   bars: ({ rows }) =>
     rows.map(({ name, gpu, core }) => {
       const { median } = core ?? gpu;
-      return { label: name, value: median, text: `${fixed((median - 1) * 100)} % more` };
+      return { label: name, value: median, text: times(median) };
     }),
-  mark: { value: 1, text: 'without' },
+  mark: { value: 1, text: 'as long' },
 };
 
 const server: Section<ServerResult> = {
