@@ -47,6 +47,8 @@ interface Row extends Pairs {
   readonly size: number;
   /** Low-rank terms' share of the arithmetic of the base. */
   readonly arithmetic?: number;
+  /** Uploaded meanwhile. */
+  readonly adapterBytes?: number;
 }
 
 /** What steps put on the GPU besides their inputs. */
@@ -167,8 +169,9 @@ class Bench {
       return pairs;
     });
     const pairs = pairsOf(samples);
-    line(name, pairs, `${written.get('adapters') ?? 0} bytes of adapters uploaded`);
-    return [{ name, size: this.#half, ...pairs }];
+    const adapterBytes = written.get('adapters') ?? 0;
+    line(name, pairs, `${adapterBytes} bytes of adapters uploaded`);
+    return [{ name, size: this.#half, ...pairs, adapterBytes }];
   }
 
   /** Steps whose strengths follow a schedule. */

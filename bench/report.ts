@@ -104,7 +104,8 @@ const load: Section<LoadResult> = {
     })),
 };
 
-const more = (share: number): string => `${fixed((share - 1) * 100)} %`;
+const tenths = (share: number): string => `${fixed(share * 100)} %`;
+const more = (ratio: number): string => tenths(ratio - 1);
 const range = ({ low, high }: Ratio): string => `${more(low)} to ${more(high)}`;
 
 const lora: Section<LoraResult> = {
@@ -113,7 +114,7 @@ const lora: Section<LoraResult> = {
     rows.map(({ name, size, gpu, core, arithmetic }) => [
       ...[name, `${size}x${size}`, more(gpu.median), range(gpu)],
       ...(core ? [more(core.median), range(core)] : ['-', '-']),
-      arithmetic === undefined ? '-' : more(1 + arithmetic),
+      arithmetic === undefined ? '-' : tenths(arithmetic),
     ]),
   title: 'Time of forwards with LoRAs over that of what each is compared with',
   bars: ({ rows }) =>

@@ -186,7 +186,7 @@ export class Plan {
     for (const step of this.#steps) walk(step, run, visit);
   }
 
-  /** Encodes what it visits into a pass. The three calls of the bindings cost about a microsecond each; the rest adds a twentieth. */
+  /** Encodes what it visits into a pass. The three calls of the bindings cost about a microsecond each; the rest adds a tenth. */
   #into(pass: GPUComputePassEncoder): Visit {
     return (ready, grid, part) => {
       if (part) for (const substitute of part.substitutes.values()) substitute.ready(pass);
